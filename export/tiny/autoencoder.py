@@ -1,0 +1,83 @@
+"""Training of the built-in model's autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from export.modules.autoencoder import PICTURE_CHANNELS, VaeDecoder, VaeEncoder
+from export.tiny.config import AutoencoderConfig
+from export.tiny.dataset import sample
+from export.tiny.scenes import COLORS, SHAPES, Scene, Thing, pick, render
+from export.tiny.optimizer import Optimizer, schedule_factor
+from flux2_trt.spec import AutoencoderSpec
+
+COLLAGE_THINGS = 9
+COLLAGE_SIZES = (0.06, 0.35)
+
+
+def collage(rng: np.random.Generator) -> Scene:
+    """Many overlapping things of all sizes: every place has a colour of its own, so none can be guessed from afar."""
+    colors = list(COLORS)
+    things = tuple(
+        Thing(pick(rng, SHAPES), pick(rng, colors), rng.uniform(*COLLAGE_SIZES), *rng.uniform(0.0, 1.0, 2))
+        for _ in range(int(rng.integers(2, COLLAGE_THINGS + 1)))
+    )
+    return Scene(pick(rng, colors), things)
+
+
+def pictures(rng: np.random.Generator, count: int, side: int, collages: float) -> Tensor:
+    """[count, side, side, 3] uint8: a share of collages, the rest target scenes of the training side of the split."""
+    scenes = (collage(rng) if rng.random() < collages else sample(rng).target for _ in range(count))
+    return torch.from_numpy(np.stack([render(scene, side, side) for scene in scenes]))
+
+
+def train_autoencoder(
+    spec: AutoencoderSpec, config: AutoencoderConfig, seed: int, log: Callable[[str], None]
+) -> tuple[VaeEncoder, VaeDecoder]:
+    """Both halves, trained on reconstruction with a small KL term, with the latent batch norm measured at the end."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    kernels = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) > PICTURE_CHANNELS]
+    optimizer = Optimizer(parameters, kernels, config.muon_learning_rate, config.adam_learning_rate)
+    total = sum(phase.steps for phase in config.phases)
+    step = 0
+    for phase in config.phases:
+        for _ in range(phase.steps):
+            target = pictures(rng, phase.batch, phase.side, config.collages).permute(0, 3, 1, 2) / 127.5 - 1.0
+            mean, log_variance = encoder.encoder(target).chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+            output = decoder.decoder(z)
+            reconstruction = F.l1_loss(output, target) + F.mse_loss(output, target)
+            kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+            (reconstruction + config.kl_weight * kl).backward()
+            optimizer.step(schedule_factor(step, total, config.warmup_steps, config.decay_share))
+            step += 1
+            if step % 100 == 0 or step == total:
+                log(f"autoencoder {step}/{total} side {phase.side} loss {reconstruction.item():.4f} kl {kl.item():.3f}")
+    _measure_latents(encoder, decoder, config, rng)
+    return encoder.eval(), decoder.eval()
+
+
+@torch.no_grad()
+def _measure_latents(
+    encoder: VaeEncoder, decoder: VaeDecoder, config: AutoencoderConfig, rng: np.random.Generator
+) -> None:
+    """Set the batch norm of both halves from the latents of training pictures."""
+    side, batch = config.phases[-1].side, 16
+    latents = torch.cat(
+        [
+            encoder(pictures(rng, batch, side, collages=0.0)).flatten(0, 2)
+            for _ in range(config.statistics_pictures // batch)
+        ]
+    )
+    for half in (encoder, decoder):
+        half.bn.running_mean.copy_(latents.mean(dim=0))
+        half.bn.running_var.copy_(latents.var(dim=0))

@@ -1,0 +1,68 @@
+"""How well pictures show what held-out prompts ask for, by a judge that is no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.modules.autoencoder import VaeDecoder, VaeEncoder
+from export.tiny.config import EvaluationConfig
+from export.tiny.dataset import DRAW, Sample, sample
+from export.tiny.flow import FlowModel
+from export.tiny.judge import judge, score
+from export.tiny.pool import encode_samples
+from export.tiny.scenes import render
+from flux2_trt.latents import noise_batch, pack, position_ids, rotary_tables
+from flux2_trt.schedule import sigmas
+from flux2_trt.text import PromptTokenizer
+
+Pictures = NDArray[np.uint8]
+Generate = Callable[[Sequence[Sample], Sequence[int]], Pictures]
+"""Samples of one kind and a seed for each to pictures uint8 [B, H, W, 3]."""
+
+
+def held_out_scores(generate: Generate, config: EvaluationConfig) -> dict[str, float]:
+    """Shares in 0..1 of what is right in `config.count` pictures of every kind; names as in `judge.score`."""
+    verdicts = []
+    for kind in DRAW:
+        rng = np.random.default_rng(config.seed)
+        samples = [sample(rng, held_out=True, kind=kind) for _ in range(config.count)]
+        for first in range(0, config.count, config.batch):
+            chunk = samples[first : first + config.batch]
+            pictures = generate(chunk, range(first, first + len(chunk)))
+            verdicts += [judge(each, picture) for each, picture in zip(chunk, pictures, strict=True)]
+    return {name: round(value, 4) for name, value in score(verdicts).items()}
+
+
+def render_references(each: Sample, size: tuple[int, int]) -> list[Pictures]:
+    """The reference pictures of a sample, uint8 [H, W, 3], at (width, height)."""
+    return [render(scene, *size) for scene in each.references]
+
+
+def torch_generator(
+    model: FlowModel, encoder: VaeEncoder, decoder: VaeDecoder, tokenizer: PromptTokenizer, config: EvaluationConfig
+) -> Generate:
+    """Pictures by the torch modules themselves, for scores during the training."""
+    spec = model.spec
+    width, height = (side // spec.autoencoder.pixels_per_token for side in config.size)
+
+    @torch.no_grad()
+    def generate(samples: Sequence[Sample], seeds: Sequence[int]) -> Pictures:
+        batch = encode_samples(list(samples), config.size, encoder, tokenizer)
+        references = [(height, width)] * (batch.references.shape[1] // (height * width))
+        ids = position_ids(batch.input_ids.shape[1], height, width, references)
+        cos, sin = map(torch.from_numpy, rotary_tables(ids, spec.transformer.axes_dim, spec.transformer.theta))
+        levels = torch.from_numpy(sigmas(config.num_inference_steps, width * height)).float()
+        table, text_tokens = model.conditioning(levels[:-1], model.text_encoder(batch.input_ids, batch.attention_mask))
+        noise = noise_batch(seeds, spec.transformer.in_channels, height, width)
+        tokens = torch.cat((torch.from_numpy(pack(noise)), batch.references), dim=1)
+        dt = torch.zeros(tokens.shape[1])
+        for index, step in enumerate(levels.diff()):
+            dt[: width * height] = step
+            tokens = model.transformer(tokens, table[index : index + 1], text_tokens, cos, sin, dt)
+        return decoder(tokens[:, : width * height].unflatten(1, (height, width))).numpy()
+
+    return generate

@@ -1,0 +1,73 @@
+"""Encoded samples to train on: drawn, rendered, tokenized and encoded once, used several times with new noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.modules.autoencoder import VaeEncoder
+from export.tiny.dataset import Kind, Sample, sample
+from export.tiny.scenes import render
+from flux2_trt.text import PromptTokenizer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latent tokens of targets [B, N, C] and references [B, R*N, C] fp32, token ids and mask [B, T] int64."""
+
+    target: Tensor
+    references: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def select(self, indices: Tensor) -> Batch:
+        return Batch(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
+
+
+@torch.no_grad()
+def encode_samples(
+    samples: list[Sample], size: tuple[int, int], encoder: VaeEncoder, tokenizer: PromptTokenizer
+) -> Batch:
+    """One batch of samples of one kind (so all have the same number of references) at `size` = (width, height)."""
+    scenes = [scene for each in samples for scene in (each.target, *each.references)]
+    pixels = torch.from_numpy(np.stack([render(scene, *size) for scene in scenes]))
+    latents = torch.cat([encoder(chunk).flatten(1, 2) for chunk in pixels.split(16)])
+    tokens = latents.unflatten(0, (len(samples), -1))
+    prompts = tokenizer([each.prompt for each in samples])
+    return Batch(
+        target=tokens[:, 0],
+        references=tokens[:, 1:].flatten(1, 2),
+        input_ids=torch.from_numpy(prompts.input_ids),
+        attention_mask=torch.from_numpy(prompts.attention_mask),
+    )
+
+
+class Pool:
+    """Up to `capacity` encoded samples of one kind and size, of which the oldest are replaced."""
+
+    def __init__(
+        self, kind: Kind, size: tuple[int, int], capacity: int, encoder: VaeEncoder, tokenizer: PromptTokenizer
+    ) -> None:
+        self.kind, self.size, self.capacity = kind, size, capacity
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.store: Batch | None = None
+        self.filled = self.cursor = 0
+
+    def batch(self, rng: np.random.Generator, count: int, fresh_share: float) -> Batch:
+        """`count` samples, of which at least `fresh_share` are newly drawn."""
+        fresh = max(int(count * fresh_share), count - self.filled, 1)
+        new = encode_samples(
+            [sample(rng, kind=self.kind) for _ in range(fresh)], self.size, self.encoder, self.tokenizer
+        )
+        if self.store is None:
+            self.store = new.select(torch.zeros(self.capacity, dtype=torch.long))
+        places = (torch.arange(fresh) + self.cursor) % self.capacity
+        for name in Batch.__dataclass_fields__:
+            getattr(self.store, name)[places] = getattr(new, name)
+        self.cursor = (self.cursor + fresh) % self.capacity
+        self.filled = min(self.filled + fresh, self.capacity)
+        old = torch.from_numpy(rng.integers(self.filled, size=count - fresh))
+        return self.store.select(torch.cat([places, old]))

@@ -1,0 +1,110 @@
+"""Make the built-in model: `python -m export.tiny.train`.
+
+Autoencoder, then text encoder and transformer together, from one seed; the state is saved as it goes, and the same
+command resumes after a stop. The result is written to `flux2_trt/assets/tiny` with its configuration and scores.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from safetensors.numpy import save_file
+
+from export.modules.autoencoder import VaeDecoder, VaeEncoder
+from export.tiny.autoencoder import train_autoencoder
+from export.tiny.config import TrainConfig
+from export.tiny.dataset import vocabulary
+from export.tiny.evaluate import held_out_scores, torch_generator
+from export.tiny.flow import FlowTrainer
+from export.tiny.tokenizer import build_tokenizer, save
+from flux2_trt.models import published_spec
+from flux2_trt.text import PromptTokenizer
+
+ASSETS = Path(__file__).parents[2] / "flux2_trt" / "assets" / "tiny"
+SAVE_SECONDS = 300.0
+
+
+def _log(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
+
+
+def _save_state(state: Any, path: Path) -> None:
+    temporary = path.with_suffix(".part")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def _autoencoder(config: TrainConfig, path: Path) -> tuple[VaeEncoder, VaeDecoder]:
+    spec = published_spec("tiny").autoencoder
+    if not path.exists():
+        encoder, decoder = train_autoencoder(spec, config.autoencoder, config.seed, _log)
+        _save_state({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, path)
+    state = torch.load(path, weights_only=True)
+    encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
+    encoder.load_state_dict(state["encoder"])
+    decoder.load_state_dict(state["decoder"])
+    return encoder.eval(), decoder.eval()
+
+
+def _write_half_precision(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    values = {name: tensor.detach().float().numpy().astype(np.float16) for name, tensor in tensors.items()}
+    overflown = [name for name, value in values.items() if not np.isfinite(value).all()]
+    if overflown:
+        raise RuntimeError(f"these weights do not fit float16: {', '.join(overflown)}")
+    save_file(values, path)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder for the state of the training.")] = Path("local/tiny"),
+    assets: Annotated[Path, typer.Option(help="Where the finished model goes.")] = ASSETS,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's default.")] = 0,
+) -> None:
+    """Train the built-in model, score it on held-out prompts and write it."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    config, spec = TrainConfig(), published_spec("tiny")
+    assert spec.prompt
+    work.mkdir(parents=True, exist_ok=True)
+    assets.mkdir(parents=True, exist_ok=True)
+    save(build_tokenizer(vocabulary()), assets / "tokenizer.json")
+    tokenizer = PromptTokenizer.from_file(assets / "tokenizer.json", spec.prompt)
+    encoder, decoder = _autoencoder(config, work / "autoencoder.pt")
+
+    trainer = FlowTrainer(spec, config.flow, config.seed, encoder, tokenizer)
+    state_file = work / "flow.pt"
+    if state_file.exists():
+        trainer.load_state(torch.load(state_file, weights_only=True))
+        _log(f"resuming at step {trainer.step}")
+    saved = time.monotonic()
+
+    def save_sometimes(current: FlowTrainer) -> None:
+        nonlocal saved
+        if time.monotonic() - saved > SAVE_SECONDS or current.step == current.total_steps:
+            _save_state(current.state(), state_file)
+            saved = time.monotonic()
+
+    trainer.run(_log, save_sometimes)
+
+    model = trainer.averaged_model()
+    _write_half_precision({**encoder.state_dict(), **decoder.state_dict()}, assets / "autoencoder.safetensors")
+    _write_half_precision(dict(model.text_encoder.state_dict()), assets / "text_encoder.safetensors")
+    _write_half_precision(
+        {**model.conditioning.state_dict(), **model.transformer.state_dict()}, assets / "transformer.safetensors"
+    )
+    generate = torch_generator(model, encoder, decoder, tokenizer, config.evaluation)
+    scores = held_out_scores(generate, config.evaluation)
+    _log(json.dumps(scores, indent=2))
+    record = {"config": asdict(config), "flow_seconds": round(trainer.seconds), "scores": scores}
+    (assets / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,196 @@
+"""Draft: a bundle while it is being made, in a staging folder that nobody else writes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from flux2_trt.bundle import Bundle, file_record
+from flux2_trt.errors import BundleError
+from flux2_trt.manifest import MANIFEST_FILE, ComponentRecord, FileRecord, Manifest, bundle_name, file_name_part
+from flux2_trt.spec import ModelSpec
+
+OWNER_FILE = "owner.json"
+FOLDER_MODE = 0o775  # never writable by everybody, whatever the umask
+
+
+@dataclass
+class Draft:
+    """What `Store.publish` gives its caller: write files, take their records, `finish`.
+
+    `done` says that there is nothing to write, because the bundle of this key was there and verified.
+    """
+
+    folder: Path
+    key: str
+    model: ModelSpec
+    recipe: str
+    target: str
+    manifest: Manifest | None = None
+    published: Bundle | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return bundle_name(self.model.name, self.recipe, self.target, self.key)
+
+    @property
+    def done(self) -> bool:
+        return self.published is not None
+
+    @property
+    def bundle(self) -> Bundle:
+        """The published bundle; there is one after the `with` block, or at once where `done`."""
+        if self.published is None:
+            raise RuntimeError(f"{self.name} is not published before the end of the `with` block")
+        return self.published
+
+    def plan_path(self, component: str, suffix: str) -> Path:
+        """Where the plan of a component is to be written; `suffix`: `.onnx` or `.plan`."""
+        return self._path("plans", f"{component}{suffix}")
+
+    def weights_path(self, component: str) -> Path:
+        return self._path("weights", f"{component}.{file_name_part(self.recipe)}.safetensors")
+
+    def asset_path(self, name: str) -> Path:
+        return self._path("assets", name)
+
+    def record(self, path: Path) -> FileRecord:
+        """Size and digest of a file that was written to the draft and will not change again."""
+        return file_record(path, self.folder)
+
+    def finish(
+        self, components: Iterable[ComponentRecord], assets: Iterable[FileRecord] = (), *, source: Mapping[str, Any]
+    ) -> None:
+        """Says what was made; the end of the `with` block publishes it. `source`: where the weights came from."""
+        self.manifest = Manifest(
+            key=self.key,
+            model=self.model,
+            recipe=self.recipe,
+            target=self.target,
+            source=dict(source),
+            components=tuple(components),
+            assets=tuple(assets),
+            created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+            flux2_trt_version=_version(),
+        )
+
+    def begin(self) -> None:
+        """Makes the staging folder and says in it who works there."""
+        self.folder.mkdir(mode=FOLDER_MODE)
+        owner = {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        (self.folder / OWNER_FILE).write_text(json.dumps(owner), encoding="utf-8")
+
+    def seal(self) -> Bundle:
+        """Puts everything on disk, the manifest last, and checks the result as any reader would.
+
+        Raises BundleError where the files are not those that the manifest names.
+        """
+        if self.manifest is None:
+            raise RuntimeError(f"the builder of {self.name} neither finished it nor said why")
+        (self.folder / OWNER_FILE).unlink()
+        folders = [self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())]
+        files = [path for folder in folders for path in folder.iterdir() if not path.is_dir()]
+        unnamed = {path.relative_to(self.folder).as_posix() for path in files} - {r.file for r in self.manifest.files}
+        if unnamed:
+            raise BundleError(
+                f"{self.name}: the manifest does not name {', '.join(sorted(unnamed))}, yet they are there"
+            )
+        for path in (*files, *folders):
+            _close_to_others(path)
+        for path in files:
+            _sync(path)
+        temporary = self.folder / f"{MANIFEST_FILE}.tmp"
+        temporary.write_text(self.manifest.to_json(), encoding="utf-8")
+        _close_to_others(temporary)
+        _sync(temporary)
+        temporary.replace(self.folder / MANIFEST_FILE)
+        for folder in reversed(folders):
+            sync_folder(folder)
+        return Bundle.open(self.folder)
+
+    def _path(self, folder: str, name: str) -> Path:
+        (self.folder / folder).mkdir(mode=FOLDER_MODE, exist_ok=True)
+        return self.folder / folder / name
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that works, or worked, in a staging folder."""
+
+    pid: int
+    host: str
+    since: str
+
+    @staticmethod
+    def of(folder: Path) -> Owner | None:
+        """None where the folder does not say: it was published, or its process ended at once."""
+        try:
+            values = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
+            return Owner(int(values["pid"]), str(values["host"]), str(values["since"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def lives(self) -> bool:
+        """Another process of this machine, and running. A process elsewhere cannot be asked: the lock decides."""
+        if self.host != platform.node() or self.pid == os.getpid() or os.name != "posix":
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, at it since {self.since}"
+
+
+def delete(path: Path) -> None:
+    """Removes a folder, or the link to one, and raises OSError if it cannot."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows has no handle on a folder
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _close_to_others(path: Path) -> None:
+    """Under a umask of 0 our own files would be refused at the next open."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & stat.S_IWOTH:
+        path.chmod(mode & ~stat.S_IWOTH)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and only needed here
+
+    try:
+        return version("flux2-trt")
+    except PackageNotFoundError:
+        return "uninstalled"

@@ -1,0 +1,89 @@
+"""Latents: the noise of a seed, their token layout, and the rotary tables of their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flux2_trt.errors import UsageError
+
+SEED_COUNT = 2**64
+REFERENCE_TIME_STEP = 10  # reference k sits at t = 10 * k (flux2 `sampling.py`, diffusers `_prepare_image_ids`)
+
+
+def noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Standard normal noise of one picture, f32 of `shape`, from the Philox stream of its seed.
+
+    Raises UsageError for a seed that is not a whole number from 0 to 2**64 - 1.
+    """
+    _check_seed(seed)
+    return np.random.Generator(np.random.Philox(int(seed))).standard_normal(tuple(shape), dtype=np.float32)
+
+
+def noise_batch(seeds: Sequence[int], channels: int, height: int, width: int) -> NDArray[np.float32]:
+    """Noise f32 [B, C, h, w], sides in latent tokens; a seed gives the same picture whatever the batch around it."""
+    return np.stack([noise(seed, (channels, height, width)) for seed in seeds])
+
+
+def picture_seeds(seed: int, count: int) -> list[int]:
+    """The own seeds of `count` pictures made from a base seed: seed + index, modulo 2**64.
+
+    Image k of prompt j has index j * num_images_per_prompt + k, so the own seed makes one picture again by itself.
+    """
+    _check_seed(seed)
+    return [(int(seed) + index) % SEED_COUNT for index in range(count)]
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < SEED_COUNT:
+        raise UsageError(f"seed {seed!r} is not allowed; give a whole number from 0 to 2**64 - 1, for example 42")
+
+
+def pack(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Latents [B, C, h, w] as tokens [B, h*w, C], row by row, in memory of their own."""
+    batch, channels, height, width = latents.shape
+    return latents.reshape(batch, channels, height * width).transpose(0, 2, 1).copy()
+
+
+def unpack(tokens: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """Tokens [B, h*w, C] as latents [B, C, h, w], in memory of their own; undoes `pack`."""
+    batch, _, channels = tokens.shape
+    return tokens.transpose(0, 2, 1).copy().reshape(batch, channels, height, width)
+
+
+def position_ids(
+    text_length: int, height: int, width: int, references: Sequence[tuple[int, int]] = ()
+) -> NDArray[np.int64]:
+    """Positions (t, h, w, l), i64 [T + N, 4], of the tokens in the order [text, image, reference 1, reference 2, ...].
+
+    Sides are in latent tokens, `references` are (height, width). Text token i is at (0, 0, 0, i), the image at
+    (0, h, w, 0), reference k = 1.. at (10 k, h, w, 0) on a grid of its own (flux2 `sampling.py`).
+    """
+    text = _grid(0, 1, 1, text_length)
+    grids = [_grid(REFERENCE_TIME_STEP * k, h, w, 1) for k, (h, w) in enumerate([(height, width), *references])]
+    return np.concatenate([text, *grids])
+
+
+def _grid(time: int, height: int, width: int, length: int) -> NDArray[np.int64]:
+    rows, columns, places = np.indices((height, width, length), dtype=np.int64).reshape(3, -1)
+    return np.stack([np.full_like(rows, time), rows, columns, places], axis=1)
+
+
+def rotary_tables(
+    ids: NDArray[np.int64], axes_dim: Sequence[int], theta: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosine and sine of the rotary angles, f32 [L, head_dim / 2] each, of positions `ids` [L, len(axes_dim)].
+
+    One value per pair of channels, the axes side by side (diffusers' `Flux2PosEmbed` repeats each value twice).
+    Frequency j of an axis of size d is theta ** (-2 j / d); angles are float64, since positions reach thousands.
+    """
+    angles = np.concatenate(
+        [
+            np.outer(positions.astype(np.float64), theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim))
+            for positions, dim in zip(ids.T, axes_dim, strict=True)
+        ],
+        axis=1,
+    )
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
