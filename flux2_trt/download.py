@@ -24,6 +24,7 @@ ENVIRONMENT: Mapping[Family, str] = {
 }
 # mistralai's repositories hold the same weights a second time, as consolidated.safetensors
 TEXT_ENCODER_FILES = (f"model{INDEX_SUFFIX}", "model.safetensors")
+TOKENIZER = "tokenizer.json"
 
 log = logging.getLogger(__name__)
 
@@ -206,3 +207,17 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def locate_tokenizer(spec: ModelSpec, text_encoder: Path) -> Path:
+    """`tokenizer.json` beside the text encoder's weights, in a diffusers folder's `tokenizer`, else from the hub.
+
+    Raises CheckpointError as `locate` does.
+    """
+    folder = text_encoder if text_encoder.is_dir() else text_encoder.parent
+    for candidate in (folder / TOKENIZER, folder / "tokenizer" / TOKENIZER, folder.parent / "tokenizer" / TOKENIZER):
+        if candidate.exists():
+            return candidate
+    if spec.source is None:
+        raise CheckpointError(f"{folder} has no {TOKENIZER}; put the text encoder's tokenizer there")
+    return _download(spec.source.tokenizer_repo, (TOKENIZER,), None, ENVIRONMENT["text_encoder"]).path

@@ -153,6 +153,7 @@ def _tiny() -> ModelSpec:
             height=256,
             min_side=128,
             max_side=512,
+            max_reference_area=256 * 256,
         ),
         license="Apache-2.0",
     )

@@ -114,7 +114,11 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """Published sampling defaults. `fixed_guidance`: the distilled model takes no other value."""
+    """Published sampling defaults and limits, in pixels.
+
+    `fixed_guidance`: the distilled model takes no other value. `max_reference_area`: a limit of the model's own below
+    those of the reference implementation.
+    """
 
     guidance_kind: GuidanceKind
     num_inference_steps: int
@@ -124,6 +128,7 @@ class SamplingSpec:
     height: int = 768
     min_side: int = 64
     max_side: int = 4096
+    max_reference_area: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ class ModelSpec:
         transformer, autoencoder = self.transformer, self.autoencoder
         if sum(transformer.axes_dim) != transformer.head_dim or any(axis % 2 for axis in transformer.axes_dim):
             raise UsageError(
-                f"{self.name}: rotary axes {transformer.axes_dim} must be even and sum to head_dim {transformer.head_dim}"
+                f"{self.name}: rotary axes {transformer.axes_dim} must be even with sum {transformer.head_dim}"
             )
         if transformer.in_channels != autoencoder.token_channels:
             raise UsageError(
@@ -165,9 +170,9 @@ class ModelSpec:
             )
         if self.text_encoder and self.text_encoder.context_dim != transformer.context_dim:
             raise UsageError(
-                f"{self.name}: the transformer takes prompt embeds of width {transformer.context_dim}, the text encoder "
-                f"gives {self.text_encoder.context_dim} ({len(self.text_encoder.hidden_states)} hidden states of "
-                f"{self.text_encoder.hidden_size})"
+                f"{self.name}: the transformer takes prompt embeds of width {transformer.context_dim}, its text "
+                f"encoder gives {self.text_encoder.context_dim} ({len(self.text_encoder.hidden_states)} hidden states "
+                f"of {self.text_encoder.hidden_size})"
             )
         if bool(self.text_encoder) != bool(self.prompt):
             raise UsageError(f"{self.name}: a text encoder and its prompt format come together")

@@ -166,6 +166,9 @@ class Decoder(nn.Module):
 class LatentNorm(nn.Module):
     """The batch norm that puts patchified latents [B, C, h, w] on the transformer's scale."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
         self.eps = spec.batch_norm_eps

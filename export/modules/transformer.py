@@ -42,6 +42,14 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
+def feed_forward(spec: TransformerSpec) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(spec.hidden_size, 2 * spec.mlp_hidden_size, bias=False),
+        SwiGLU(),
+        nn.Linear(spec.mlp_hidden_size, spec.hidden_size, bias=False),
+    )
+
+
 class Attention(nn.Module):
     """The projections of one stream of a double block; the attention itself is joint, in `DoubleBlock`."""
 
@@ -88,14 +96,10 @@ class DoubleBlock(nn.Module):
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.eps = spec.eps
-        for stream in ("img", "txt"):
-            setattr(self, f"{stream}_attn", Attention(spec))
-            mlp = nn.Sequential(
-                nn.Linear(spec.hidden_size, 2 * spec.mlp_hidden_size, bias=False),
-                SwiGLU(),
-                nn.Linear(spec.mlp_hidden_size, spec.hidden_size, bias=False),
-            )
-            setattr(self, f"{stream}_mlp", mlp)
+        self.img_attn = Attention(spec)
+        self.img_mlp = feed_forward(spec)
+        self.txt_attn = Attention(spec)
+        self.txt_mlp = feed_forward(spec)
 
     def forward(
         self, img: Tensor, txt: Tensor, img_modulation: Tensor, txt_modulation: Tensor, cos: Tensor, sin: Tensor

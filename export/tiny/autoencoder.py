@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from export.modules.autoencoder import PICTURE_CHANNELS, VaeDecoder, VaeEncoder
 from export.tiny.config import AutoencoderConfig
 from export.tiny.dataset import sample
-from export.tiny.scenes import COLORS, SHAPES, Scene, Thing, pick, render
 from export.tiny.optimizer import Optimizer, schedule_factor
+from export.tiny.scenes import COLORS, SHAPES, Scene, Thing, pick, render
 from flux2_trt.spec import AutoencoderSpec
 
 COLLAGE_THINGS = 9

@@ -35,7 +35,7 @@ class FlowModel(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Small normal weights; modulations and the last projection start at zero, so every block starts as identity."""
+        """Small normal weights; modulations and the last projection are zero, so every block starts as identity."""
         for name, parameter in self.named_parameters():
             if "modulation" in name.lower() or name.endswith("final_layer.linear.weight"):
                 nn.init.zeros_(parameter)

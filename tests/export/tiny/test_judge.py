@@ -192,7 +192,7 @@ def test_pictures_of_another_kind_are_refused() -> None:
     (edit,) = draw(1, "edit")
     picture = render(edit.target, 128, 128)
     with pytest.raises(ValueError, match="float64"):
-        judge(edit, picture / 255)
+        judge(edit, picture / 255)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 reference pictures for 1"):
         judge(edit, picture, [])
     with pytest.raises(ValueError, match=r"\[256, 256, 3\]"):

@@ -28,7 +28,7 @@ CANVASES = [(128, 128), (256, 256), (384, 256), (256, 384)]
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     rng = np.random.default_rng(0)
-    return [sample(rng) for _ in range(3000)]
+    return [sample(rng) for _ in range(1000)]
 
 
 def test_colors_are_clearly_apart() -> None:

@@ -1,0 +1,145 @@
+"""What the README says about speed on a CPU: `python -m benchmarks.cpu`.
+
+Whole commands as a user types them (wall time, peak memory), then our loop beside diffusers eager and `torch.compile`:
+the same weights, prompt embeds, noise and steps, interleaved in one run. Writes one JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks.baselines import diffusers_pipeline, diffusers_run
+from engines.sources import resolve_source
+from flux2_trt.latents import noise_batch
+from flux2_trt.pipeline import Flux2Pipeline
+
+PROMPT = "a large red circle on a blue background"
+PACKAGES = ("flux2-trt", "torch", "diffusers", "onnxruntime", "numpy")
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure_command(arguments: list[str], environment: dict[str, str], repeats: int) -> dict[str, Any]:
+    """Wall seconds (all, median) and peak resident bytes of a command as a process of its own."""
+    seconds = []
+    peak = 0
+    for _ in range(repeats):
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
+        _, errors = process.communicate()
+        seconds.append(time.perf_counter() - started)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(arguments)} failed: {errors.decode()}")
+        peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    return {
+        "command": " ".join(arguments),
+        "seconds": [round(value, 3) for value in seconds],
+        "median_seconds": round(statistics.median(seconds), 3),
+        "peak_rss_bytes_so_far": peak,
+    }
+
+
+def measure_commands(home: Path, repeats: int) -> list[dict[str, Any]]:
+    """The README's commands in a fresh store; peaks grow monotonically, so the light commands come first."""
+    environment = {**os.environ, "FLUX2_TRT_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    program = [sys.executable, "-m", "flux2_trt.cli"]
+    rows = [measure_command([*program, "--help"], environment, repeats)]
+    subprocess.run([*program, "build", "tiny", "--target", "cpu"], env=environment, check=True, capture_output=True)
+    picture = str(home / "picture.png")
+    run = [*program, "run", PROMPT, "--seed", "1", "-o", picture, "--overwrite"]
+    rows.append(measure_command(run, environment, repeats))
+    with tempfile.TemporaryDirectory() as fresh:
+        cold = {**environment, "FLUX2_TRT_HOME": fresh}
+        rows.append(measure_command([*program, "build", "tiny", "--target", "cpu"], cold, 1))
+    return rows
+
+
+def compare(repeats: int) -> dict[str, Any]:
+    """Seconds for one 256x256 picture from prompt embeds, ours and the baselines', interleaved."""
+    source = resolve_source("tiny", None)
+    pipeline = Flux2Pipeline.from_pretrained("tiny")
+    spec, sampling = pipeline.spec, pipeline.spec.sampling
+    size = (sampling.width, sampling.height)
+    sides = [side // spec.autoencoder.pixels_per_token for side in size]
+    noise = noise_batch([1], spec.transformer.in_channels, sides[1], sides[0])
+    embeds, _ = pipeline._embeds([PROMPT], None)
+    eager = diffusers_pipeline(spec, source.open)
+    compiled = diffusers_pipeline(spec, source.open)
+    compiled.transformer = torch.compile(compiled.transformer)
+    compiled.vae.decode = torch.compile(compiled.vae.decode)
+    steps = sampling.num_inference_steps
+
+    def ours() -> np.ndarray:
+        return np.asarray(pipeline(prompt_embeds=embeds, latents=noise).images[0])
+
+    def baseline(pipe: Any) -> Callable[[], np.ndarray]:
+        return lambda: diffusers_run(pipe, embeds, noise, steps, size)
+
+    runs = {"flux2-trt": ours, "diffusers eager": baseline(eager), "diffusers torch.compile": baseline(compiled)}
+    pictures = {name: run() for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(repeats):
+        for name in list(runs) if index % 2 == 0 else reversed(runs):
+            started = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = pictures["diffusers eager"].astype(int)
+    return {
+        "size": size,
+        "steps": steps,
+        "median_seconds": {name: round(value, 3) for name, value in medians.items()},
+        "all_seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
+        "times_ours": {name: round(value / medians["flux2-trt"], 2) for name, value in medians.items()},
+        "largest_pixel_difference_to_eager": {
+            name: int(np.abs(picture.astype(int) - reference).max()) for name, picture in pictures.items()
+        },
+    }
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Repetitions of every measurement.")] = 5,
+    output: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS / "cpu.json",
+) -> None:
+    """Measure on this machine and write the result."""
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["FLUX2_TRT_HOME"] = home
+        commands = measure_commands(Path(home), repeats)
+        result = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.platform()},
+            "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "commands": commands,
+            "comparison": compare(repeats),
+        }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,75 @@
+"""Console: results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import typer
+
+
+@dataclass(frozen=True)
+class Console:
+    """The two streams of a command, and what the user wants to see on them.
+
+    `json`: stdout gets exactly one JSON object; `quiet`: stderr gets only warnings and errors.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    results: IO[str] = field(default_factory=lambda: sys.stdout)
+    notes: IO[str] = field(default_factory=lambda: sys.stderr)
+
+    def path(self, path: Path) -> None:
+        """A result: one path, byte for byte, whatever the encoding of the terminal."""
+        if not self.json:
+            typer.echo(os.fsencode(path), file=self.results)
+
+    def line(self, text: str) -> None:
+        """A line of a result that people read."""
+        if not self.json:
+            print(text, file=self.results, flush=True)
+
+    def object(self, values: Mapping[str, Any]) -> None:
+        """The JSON object of a command, printed only with `json`."""
+        if self.json:
+            print(json.dumps(values, default=str), file=self.results, flush=True)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=self.notes, flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=self.notes, flush=True)
+
+    def error(self, text: str, exit_code: int) -> None:
+        """As the JSON object of the command, or as one line on stderr."""
+        self.object({"error": text, "exit_code": exit_code})
+        if not self.json:
+            print(f"error: {text}", file=self.notes, flush=True)
+
+    @contextmanager
+    def clean_results(self) -> Iterator[None]:
+        """Whatever a library prints inside goes to stderr."""
+        with redirect_stdout(self.notes):
+            yield
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar on a terminal, nothing elsewhere; the function that it gives advances it by one."""
+        if self.json or self.quiet or not self.notes.isatty():
+            yield lambda: None
+            return
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Terminal(file=self.notes), transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)

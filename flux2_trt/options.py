@@ -1,0 +1,201 @@
+"""Options: what a user can ask of a picture; the command line and the interactive session both read this list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from flux2_trt.errors import UsageError
+
+DEFAULT_MODEL = "tiny"
+SHOWN_CHARACTERS = 60  # of a value that is refused
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the user interfaces need to know of a field of `RunOptions`.
+
+    `parse` takes one text and raises ValueError or UsageError; `allowed` completes the sentence "give ...". A repeated
+    option takes several values: a flag given several times, or values with commas between them.
+    """
+
+    help: str
+    allowed: str
+    parse: Callable[[str], Any]
+    repeated: bool = False
+    short: str | None = None
+
+
+def _option(
+    default: Any, help: str, allowed: str, parse: Callable[[str], Any], repeated: bool = False, short: str | None = None
+) -> Any:
+    return field(default=default, metadata={"option": Option(help, allowed, parse, repeated, short)})
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text)).expanduser()
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(text)
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if (value := _whole(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or "_" in text:
+        raise ValueError(text)
+    return value
+
+
+def _guidance(text: str) -> float:
+    value = _number(text)
+    if not 0.0 <= value <= 100.0:
+        raise ValueError(text)
+    return value
+
+
+def _steps(text: str) -> int:
+    from flux2_trt.schedule import sigmas
+
+    sigmas(value := _whole(text), num_tokens=1)  # knows the range; numpy is loaded only where it is asked
+    return value
+
+
+def _sigmas(text: str) -> tuple[float, ...]:
+    from flux2_trt.schedule import sigmas
+
+    levels = tuple(_number(level) for level in text.split(","))
+    sigmas(len(levels), num_tokens=1, custom=levels)
+    return levels
+
+
+def _seed(text: str) -> int:
+    from flux2_trt.latents import picture_seeds
+
+    return picture_seeds(_whole(text), count=1)[0]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """One request for pictures. None is the default of the model; `match_image` counts from 1."""
+
+    prompt: str | None = _option(None, "What to draw.", 'a text, for example "a red cube"', str)
+    model: str | None = _option(
+        None,
+        f"Model, by name; its newest bundle is used (default: {DEFAULT_MODEL}).",
+        "the name of a model that was built; see: flux2-trt bundles list",
+        _text,
+    )
+    bundle: Path | None = _option(
+        None, "Bundle folder, in place of a model.", "a folder that flux2-trt build printed", _path
+    )
+    image: tuple[Path, ...] = _option(
+        (), "Reference picture; several are taken in their order.", "a PNG, JPEG or WEBP file", _path, repeated=True
+    )
+    width: int | None = _option(
+        None, "Width in pixels (default: first reference, else the model's).", "a number of pixels like 256", _positive
+    )
+    height: int | None = _option(
+        None, "Height in pixels (default: first reference, else the model's).", "a number of pixels like 256", _positive
+    )
+    match_image: int | None = _option(
+        None, "Take the size of this reference; 1 is the first.", "the number of a reference, from 1", _positive
+    )
+    steps: int | None = _option(None, "Denoising steps (default: the model's).", "a whole number like 8", _steps)
+    guidance: float | None = _option(
+        None, "Guidance scale (default: the model's).", "a number from 0 to 100", _guidance
+    )
+    sigmas: tuple[float, ...] | None = _option(
+        None, "Noise levels in place of steps, falling, like 1,0.75,0.5,0.25.", "numbers like 1,0.75,0.5,0.25", _sigmas
+    )
+    seed: int | None = _option(
+        None, "Seed; picture i has seed + i (default: drawn and shown).", "a whole number from 0 to 2**64 - 1", _seed
+    )
+    num_images: int = _option(1, "How many pictures.", "a whole number from 1", _positive)
+    output: Path | None = _option(
+        None, "A .png name, or a folder (default: a free name in this folder).", "a .png name or a folder", _path,
+        short="-o",
+    )  # fmt: skip
+
+
+OPTIONS: Mapping[str, Option] = {field.name: field.metadata["option"] for field in fields(RunOptions)}
+_FIELDS: Mapping[str, Field[Any]] = {field.name: field for field in fields(RunOptions)}
+
+
+def flag_name(name: str) -> str:
+    """`match_image` as `--match-image`."""
+    return "--" + name.replace("_", "-")
+
+
+def default_of(name: str) -> Any:
+    value = _FIELDS[name].default
+    assert value is not MISSING
+    return value
+
+
+def options_from_texts(texts: Mapping[str, str | Iterable[str] | None]) -> RunOptions:
+    """The options of a command line: every value as it was typed, None for what was not given. Raises UsageError."""
+    values: dict[str, Any] = {}
+    for name, given in texts.items():
+        if isinstance(given, str):
+            values[name] = _parsed(name, given)
+        elif given is not None:
+            values[name] = tuple(_parsed(name, text) for text in given)
+    return RunOptions(**values)
+
+
+def parse_assignment(text: str, options: RunOptions) -> RunOptions:
+    """`options` with one of them set by `key=value`; `key=` goes back to the default. Raises UsageError."""
+    key, separator, value = text.partition("=")
+    name = key.strip().replace("-", "_")
+    if not separator:
+        raise UsageError(f"{_shown(text)} is no key=value; write for example width=512")
+    if name not in OPTIONS:
+        raise UsageError(f"unknown option {_shown(key)}; known are {', '.join(OPTIONS)}")
+    if not value:
+        return replace(options, **{name: default_of(name)})
+    if OPTIONS[name].repeated:
+        return replace(options, **{name: tuple(_parsed(name, part) for part in value.split(","))})
+    return replace(options, **{name: _parsed(name, value)})
+
+
+def as_text(name: str, options: RunOptions) -> str:
+    """The value of an option as it can be typed; empty where it is the model's default."""
+    value = getattr(options, name)
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return OPTIONS[name].parse(text)
+    except UsageError:
+        raise
+    except ValueError:
+        raise UsageError(
+            f"{name.replace('_', ' ')} {_shown(text)} is not allowed; give {OPTIONS[name].allowed}"
+        ) from None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")

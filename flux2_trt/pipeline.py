@@ -1,0 +1,369 @@
+"""Flux2Pipeline: from prompts and reference pictures to pictures."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flux2_trt.bundle import Bundle
+from flux2_trt.errors import BundleError, Interrupted, UsageError
+from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
+from flux2_trt.latents import noise_batch, pack, picture_seeds, position_ids, rotary_tables, unpack
+from flux2_trt.runtime.engine import Engine
+from flux2_trt.schedule import sigmas as schedule_sigmas
+from flux2_trt.spec import Component, ModelSpec
+from flux2_trt.store import Store
+from flux2_trt.text import PromptTokenizer
+
+Floats = NDArray[np.float32]
+Reference = str | Path | Image.Image | NDArray[np.uint8]
+OutputType = Literal["pil", "np", "latent"]
+StepCallback = Callable[["Flux2Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+UNCONDITIONAL = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Pictures, and what is needed to make each again.
+
+    `images`: PIL pictures, or float32 [B, H, W, 3] in 0..1, or latents [B, C, h, w]. `seed` is the base seed and
+    `seeds` each picture's own. `truncated` says of each prompt whether its end was cut. `timings` are seconds by stage.
+    """
+
+    images: Any
+    seed: int
+    seeds: list[int]
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    truncated: tuple[bool, ...]
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One picture to make: prompt embeds [T, context_dim], reference latents [h, w, C] each, noise [C, h, w]."""
+
+    embeds: Floats
+    references: tuple[Floats, ...]
+    noise: Floats
+
+
+@dataclass
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class Flux2Pipeline:
+    """A bundle, ready to make pictures. Engines load when they are first needed and stay."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.spec: ModelSpec = bundle.manifest.model
+        self._engines: dict[str, Engine] = {}
+        self._tokenizer: PromptTokenizer | None = None
+        self._interrupted = False
+
+    @staticmethod
+    def from_bundle(path: str | Path) -> Flux2Pipeline:
+        """Raises BundleError for a bundle that is missing, damaged, or of another version."""
+        return Flux2Pipeline(Bundle.open(path))
+
+    @staticmethod
+    def from_pretrained(name: str) -> Flux2Pipeline:
+        """The newest bundle of that model in the store. Raises BundleError with the build command without one."""
+        return Flux2Pipeline.from_bundle(Store().find(name))
+
+    def interrupt(self) -> None:
+        """Stop the running call between two steps; it raises Interrupted."""
+        self._interrupted = True
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Reference | Sequence[Reference] | Sequence[Sequence[Reference]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        latents: Floats | None = None,
+        prompt_embeds: Floats | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Output:
+        """Make `num_images_per_prompt` pictures of every prompt.
+
+        `image`: one reference, a list that all prompts share, or one list per prompt. `height`, `width`: pixels; those
+        of the first reference, else the model's default. `sigmas`: noise levels before the shift, one per step.
+        `latents`: noise [B, C, h, w] fp32 in place of the seed's; `prompt_embeds` [B, T, context_dim] fp32 in place of
+        prompts. Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed.
+        `callback_on_step_end(pipeline, step, timestep, {"latents": [b, C, h, w]})` may return other latents.
+
+        Raises UsageError (ImageError for a reference) for values that are not allowed, Interrupted after `interrupt`.
+        """
+        clock = _Clock()
+        self._interrupted = False
+        with clock.stage("total"):
+            # 1. Check what was asked
+            prompts = self._check_prompts(prompt, prompt_embeds)
+            count = len(prompts) if prompts is not None else len(np.asarray(prompt_embeds))
+            guidance = self._check_guidance(guidance_scale)
+            if output_type not in ("pil", "np", "latent"):
+                raise UsageError(f"output_type {output_type!r} is not known; give 'pil', 'np' or 'latent'")
+            if num_images_per_prompt < 1:
+                raise UsageError(f"{num_images_per_prompt} images per prompt are not possible; give 1 or more")
+            steps = len(sigmas) if sigmas is not None and num_inference_steps is None else num_inference_steps
+            steps = self.spec.sampling.num_inference_steps if steps is None else steps
+
+            # 2. References and size
+            references = self._load_references(image, count)
+            width, height = self._size(width, height, references, latents)
+            levels = schedule_sigmas(steps, self._tokens(width) * self._tokens(height), sigmas)
+
+            # 3. Noise
+            total = count * num_images_per_prompt
+            base_seed = secrets.randbits(32) if seed is None else seed
+            seeds = picture_seeds(base_seed, total)
+            noise = self._noise(seeds, width, height, latents)
+
+            # 4. Encode
+            with clock.stage("text_encoder"):
+                unconditional = self._unconditional() if self._uses_cfg(guidance) else None
+                embeds, truncated = self._embeds(prompts, prompt_embeds)
+            with clock.stage("vae_encoder"):
+                encoded = self._encode_references(references)
+            pictures = [
+                _Picture(embeds[i // num_images_per_prompt], encoded[i // num_images_per_prompt], noise[i])
+                for i in range(total)
+            ]
+
+            # 5. Denoise and decode, one picture at a time: a seed gives the same bits whatever is made beside it
+            results = []
+            for picture in pictures:
+                final = self._denoise(picture, unconditional, guidance, levels, clock, callback_on_step_end)
+                with clock.stage("vae_decoder"):
+                    results.append(final if output_type == "latent" else self._decode(final))
+        return Output(
+            images=_as_output(np.concatenate(results), output_type),
+            seed=base_seed,
+            seeds=seeds,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            truncated=truncated,
+            timings=clock.seconds,
+        )
+
+    def engine(self, component: Component) -> Engine:
+        """The engine of a component, loaded if it was not yet."""
+        if component not in self._engines:
+            record = self.bundle.component(component)
+            if record.compiler != "onnxruntime":
+                raise BundleError(
+                    f"{self.bundle.path} was compiled by {record.compiler}, which this version does not run; build it "
+                    f"for the CPU: flux2-trt build {self.spec.name} --target cpu"
+                )
+            from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
+
+            weights = self.bundle.weights_path(component)
+            assert weights is not None
+            self._engines[component] = OnnxRuntimeEngine(self.bundle.plan_path(component), weights)
+        return self._engines[component]
+
+    def _tokens(self, side: int) -> int:
+        return side // self.spec.autoencoder.pixels_per_token
+
+    def _uses_cfg(self, guidance: float) -> bool:
+        return self.spec.sampling.guidance_kind == "classifier_free" and guidance > 1.0
+
+    def _check_prompts(self, prompt: str | Sequence[str] | None, embeds: Floats | None) -> list[str] | None:
+        if (prompt is None) == (embeds is None):
+            raise UsageError("give either a prompt or prompt embeds")
+        if embeds is None:
+            if self.spec.text_encoder is None:
+                raise UsageError(f"{self.spec.name} has no text encoder; give prompt_embeds instead of a prompt")
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+            if not prompts:
+                raise UsageError("the list of prompts is empty; give at least one")
+            return prompts
+        width = self.spec.transformer.context_dim
+        shape = np.shape(embeds)
+        if len(shape) != 3 or 0 in shape or shape[2] != width or not np.isfinite(embeds).all():
+            raise UsageError(f"prompt_embeds {list(shape)} do not fit; give finite numbers of shape [B, T, {width}]")
+        return None
+
+    def _check_guidance(self, scale: float | None) -> float:
+        sampling = self.spec.sampling
+        if scale is None or scale == sampling.guidance_scale:
+            return sampling.guidance_scale
+        if sampling.fixed_guidance:
+            raise UsageError(
+                f"{self.spec.name} is distilled to guidance {sampling.guidance_scale}; leave guidance_scale out"
+            )
+        if not math.isfinite(scale) or not 0.0 <= scale <= 100.0:
+            raise UsageError(f"guidance_scale {scale} is not allowed; give a number from 0 to 100")
+        return float(scale)
+
+    def _load_references(self, image: Any, count: int) -> list[list[NDArray[np.uint8]]]:
+        """For every prompt its references as pixels, loaded and shrunk once each."""
+        if image is None:
+            return [[] for _ in range(count)]
+        given = list(image) if isinstance(image, (list, tuple)) else [image]
+        if given and all(isinstance(item, (list, tuple)) for item in given):
+            if len(given) != count:
+                raise UsageError(f"{len(given)} lists of references do not fit {count} prompts; give one per prompt")
+            return [self._prepared(list(group)) for group in given]
+        shared = self._prepared(given)
+        return [shared for _ in range(count)]
+
+    def _prepared(self, group: list[Reference]) -> list[NDArray[np.uint8]]:
+        area = reference_max_area(len(group), cap=self.spec.sampling.max_reference_area)
+        multiple = self.spec.autoencoder.pixels_per_token
+        return [prepare_reference(load_reference(item), area, multiple) for item in group]
+
+    def _size(
+        self,
+        width: int | None,
+        height: int | None,
+        references: list[list[NDArray[np.uint8]]],
+        latents: Floats | None,
+    ) -> tuple[int, int]:
+        sampling, multiple = self.spec.sampling, self.spec.autoencoder.pixels_per_token
+        default = (sampling.width, sampling.height)
+        if latents is not None:
+            if np.ndim(latents) != 4:
+                raise UsageError(f"latents have shape {list(np.shape(latents))}; give noise [B, C, h, w]")
+            default = (np.shape(latents)[3] * multiple, np.shape(latents)[2] * multiple)
+        elif references[0]:
+            default = (references[0][0].shape[1], references[0][0].shape[0])
+        width, height = width or default[0], height or default[1]
+        check_size(width, height, sampling, multiple)
+        return width, height
+
+    def _noise(self, seeds: list[int], width: int, height: int, latents: Floats | None) -> Floats:
+        channels = self.spec.transformer.in_channels
+        shape = (len(seeds), channels, self._tokens(height), self._tokens(width))
+        if latents is None:
+            return noise_batch(seeds, *shape[1:])
+        if np.shape(latents) != shape or not np.isfinite(latents).all():
+            raise UsageError(
+                f"latents {list(np.shape(latents))} do not fit; give finite numbers of shape {list(shape)}"
+            )
+        return np.asarray(latents, dtype=np.float32)
+
+    def _embeds(self, prompts: list[str] | None, embeds: Floats | None) -> tuple[Floats, tuple[bool, ...]]:
+        if prompts is None:
+            given = np.asarray(embeds, dtype=np.float32)
+            return given, (False,) * len(given)
+        if self._tokenizer is None:
+            assert self.spec.prompt and self.spec.text_encoder
+            self._tokenizer = PromptTokenizer.from_file(self.bundle.asset_path("tokenizer.json"), self.spec.prompt)
+            if self._tokenizer.vocab_size > self.spec.text_encoder.vocab_size:
+                raise BundleError(
+                    f"the tokenizer has {self._tokenizer.vocab_size} tokens, the text encoder "
+                    f"{self.spec.text_encoder.vocab_size}; rebuild the bundle: {self.bundle.build_command}"
+                )
+        tokens = self._tokenizer(prompts)
+        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        rows = [
+            self.engine("text_encoder").run({name: ids[i : i + 1] for name, ids in inputs.items()})["prompt_embeds"]
+            for i in range(len(prompts))
+        ]
+        return np.concatenate(rows), tokens.truncated
+
+    def _unconditional(self) -> Floats:
+        if self.spec.text_encoder is None:
+            raise UsageError(f"{self.spec.name} has no text encoder for the empty prompt; use guidance_scale 1")
+        return self._embeds([UNCONDITIONAL], None)[0][0]
+
+    def _encode_references(self, references: list[list[NDArray[np.uint8]]]) -> list[tuple[Floats, ...]]:
+        encoded: dict[int, Floats] = {}
+        for pixels in (pixels for group in references for pixels in group):
+            if id(pixels) not in encoded:
+                encoded[id(pixels)] = self.engine("vae_encoder").run({"image": pixels[None]})["latents"][0]
+        return [tuple(encoded[id(pixels)] for pixels in group) for group in references]
+
+    def _denoise(
+        self,
+        picture: _Picture,
+        unconditional: Floats | None,
+        guidance: float,
+        levels: NDArray[np.float64],
+        clock: _Clock,
+        callback: StepCallback | None,
+    ) -> Floats:
+        """The Euler loop of one picture; returns latents [1, C, h, w]."""
+        _, height, width = picture.noise.shape
+        image_tokens = height * width
+        embeds = [picture.embeds] if unconditional is None else [unconditional, picture.embeds]
+        batch = len(embeds)
+        with clock.stage("conditioning"):
+            inputs = {"timestep": levels[:-1].astype(np.float32), "prompt_embeds": np.stack(embeds)}
+            if self.spec.transformer.guidance_embeds:
+                inputs["guidance"] = np.full(len(levels) - 1, guidance, np.float32)
+            conditioned = self.engine("conditioning").run(inputs)
+            table, text_tokens = conditioned["modulation"], conditioned["text_tokens"]
+            grids = [latents.shape[:2] for latents in picture.references]
+            ids = position_ids(text_tokens.shape[1], height, width, grids)
+            cos, sin = rotary_tables(ids, self.spec.transformer.axes_dim, self.spec.transformer.theta)
+        with clock.stage("denoise"):
+            references = [latents.reshape(1, -1, latents.shape[-1]) for latents in picture.references]
+            tokens = np.concatenate([pack(picture.noise[None]), *references], axis=1).repeat(batch, axis=0)
+            dt = np.zeros(tokens.shape[1], np.float32)
+            static: dict[str, NDArray[Any]] = {"text_tokens": text_tokens, "cos": cos, "sin": sin, "dt": dt}
+            if self.spec.sampling.guidance_kind == "classifier_free":
+                static["guidance_mix"] = _guidance_mix(batch, guidance)
+            steps = np.diff(levels.astype(np.float32))
+            for index, step in enumerate(steps):
+                if self._interrupted:
+                    raise Interrupted(f"stopped after {index} of {len(steps)} steps")
+                dt[:image_tokens] = step
+                row = table[index : index + 1]
+                tokens = self.engine("transformer").run({"latents": tokens, "modulation": row, **static})[
+                    "updated_latents"
+                ]
+                if callback is not None:
+                    latents = unpack(tokens[:1, :image_tokens], height, width)
+                    changed = callback(self, index, float(levels[index]), {"latents": latents}) or {}
+                    if "latents" in changed:
+                        tokens[:, :image_tokens] = pack(np.asarray(changed["latents"], np.float32))
+        return unpack(tokens[:1, :image_tokens], height, width)
+
+    def _decode(self, latents: Floats) -> NDArray[np.uint8]:
+        """[1, C, h, w] to uint8 [1, H, W, 3]."""
+        channels_last = np.ascontiguousarray(latents.transpose(0, 2, 3, 1))
+        return self.engine("vae_decoder").run({"latents": channels_last})["image"]
+
+
+def _guidance_mix(batch: int, guidance: float) -> Floats:
+    """What each row's velocity is made of: itself, or both rows (1 - g) * unconditional + g * conditional."""
+    if batch == 1:
+        return np.eye(1, dtype=np.float32)
+    return np.array([[1.0 - guidance, guidance]] * 2, np.float32)
+
+
+def _as_output(images: NDArray[Any], output_type: OutputType) -> Any:
+    if output_type == "pil":
+        return [Image.fromarray(image) for image in images]
+    return images.astype(np.float32) / 255.0 if output_type == "np" else images

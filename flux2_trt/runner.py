@@ -1,0 +1,266 @@
+"""Runner: from checked options to pictures on disk; the pipeline stays loaded between requests."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flux2_trt.console import Console
+from flux2_trt.errors import BundleError, Flux2Error, UsageError
+from flux2_trt.options import DEFAULT_MODEL, RunOptions
+from flux2_trt.outputs import reserved_names
+from flux2_trt.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from flux2_trt.pipeline import Flux2Pipeline, Output
+
+TINY = "tiny"
+SEED_BITS = 32
+BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "engines", "export")
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What came of one request; `images` are paths, `seeds` each picture's own, `timings` seconds by stage."""
+
+    images: list[str]
+    seed: int
+    seeds: list[int]
+    model: str
+    bundle: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    prompt_truncated: bool
+    timings: dict[str, float]
+
+
+class Runner:
+    """Makes pictures for one request after the other, with the pipeline of the last one."""
+
+    def __init__(self, console: Console, overwrite: bool = False) -> None:
+        self._console = console
+        self._overwrite = overwrite
+        self._pipeline: Flux2Pipeline | None = None
+        self._folder: Path | None = None
+        self._introduced = False
+
+    def run(self, options: RunOptions, on_written: Callable[[Path], None]) -> RunReport:
+        """Check, draw and write; `on_written` gets each path once its file is whole.
+
+        Raises Flux2Error. Nothing is left behind where it fails but the pictures that were finished.
+        """
+        # 1. What was asked, and of which model: nothing is loaded yet
+        if options.prompt is None:
+            raise UsageError('there is no prompt; give one, for example: flux2-trt run "a red cube"')
+        self._introduce(options)
+        folder, spec = self._locate(options)
+        references, hashes = _load_references(options)
+        options = _checked(options, spec, references)
+
+        # 2. The names of the pictures, then the model
+        with reserved_names(options.output, options.num_images, self._overwrite) as names:
+            pipeline = self._load(folder)
+
+            # 3. Draw
+            seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+            output = self._draw(pipeline, options, references, seed)
+
+            # 4. Write
+            self._write(pipeline, options, output, hashes, names, on_written)
+        return self._report(pipeline, options, output, names)
+
+    def _introduce(self, options: RunOptions) -> None:
+        if options.model is None and options.bundle is None and not self._introduced:
+            self._console.note(f"using the built-in model {DEFAULT_MODEL}; it draws coloured shapes (--model for another)")
+            self._introduced = True
+
+    def _locate(self, options: RunOptions) -> tuple[Path | None, ModelSpec]:
+        """The bundle and the model in it; no bundle where tiny has yet to be built."""
+        from flux2_trt.bundle import read_manifest
+        from flux2_trt.models import FAMILY, published_spec
+        from flux2_trt.store import Store
+
+        if options.bundle is not None:
+            if options.model is not None:
+                raise UsageError(f"give a model ({options.model}) or a bundle ({options.bundle}), not both")
+            return options.bundle, read_manifest(options.bundle).model
+        model, store = options.model or DEFAULT_MODEL, Store()
+        try:
+            folder = store.find(model)
+        except BundleError:
+            built = {bundle.model for bundle in store.list()}
+            if model in built:
+                raise
+            if model == TINY:
+                return None, published_spec(TINY)
+            if model not in FAMILY:
+                there = ", ".join(sorted(built)) or "none"
+                known = ", ".join(FAMILY)
+                raise UsageError(f"unknown model {model!r}; built are {there}; published are {known}") from None
+            raise
+        return folder, read_manifest(folder).model
+
+    def _load(self, folder: Path | None) -> Flux2Pipeline:
+        if folder is None:
+            folder = self._build_tiny()
+        if self._pipeline is None or folder != self._folder:
+            self._pipeline = None  # the old one goes before the new one comes
+            with self._console.clean_results():
+                from flux2_trt.pipeline import Flux2Pipeline
+
+                self._pipeline, self._folder = Flux2Pipeline.from_bundle(folder), folder
+        return self._pipeline
+
+    def _build_tiny(self) -> Path:
+        from importlib.util import find_spec
+
+        missing = [package for package in BUILD_PACKAGES if find_spec(package) is None]
+        if missing:
+            raise BundleError(
+                f"no bundle of {TINY} is there, and building one needs {', '.join(missing)}; install what is missing, "
+                f"then: flux2-trt build {TINY} --target cpu"
+            )
+        self._console.note(f"building {TINY} for the cpu, once")
+        return Path(build_bundle(self._console, model=TINY, target="cpu")["bundle"])
+
+    def _draw(self, pipeline: Flux2Pipeline, options: RunOptions, references: list[Image.Image], seed: int) -> Output:
+        steps = options.steps or (len(options.sigmas) if options.sigmas else pipeline.spec.sampling.num_inference_steps)
+        console = self._console
+        with console.clean_results(), console.progress("drawing", steps * options.num_images) as advance:
+
+            def on_step_end(*_: Any) -> None:
+                advance()
+
+            return pipeline(
+                prompt=options.prompt,
+                image=references or None,
+                width=options.width,
+                height=options.height,
+                num_inference_steps=options.steps,
+                sigmas=options.sigmas,
+                guidance_scale=options.guidance,
+                num_images_per_prompt=options.num_images,
+                seed=seed,
+                output_type="pil",
+                callback_on_step_end=on_step_end,
+            )
+
+    def _write(
+        self,
+        pipeline: Flux2Pipeline,
+        options: RunOptions,
+        output: Output,
+        hashes: list[str],
+        names: list[Path],
+        on_written: Callable[[Path], None],
+    ) -> None:
+        import numpy as np
+
+        from flux2_trt.provenance import Parameters, Reference, write_png
+
+        assert options.prompt is not None
+        references = tuple(Reference(path.name, sha256) for path, sha256 in zip(options.image, hashes, strict=True))
+        for index, (name, image) in enumerate(zip(names, output.images, strict=True)):
+            parameters = Parameters(
+                prompt=options.prompt,
+                seed=output.seeds[index],
+                width=output.width,
+                height=output.height,
+                num_inference_steps=output.num_inference_steps,
+                guidance_scale=output.guidance_scale,
+                model=pipeline.spec.name,
+                model_key=pipeline.bundle.manifest.key,
+                version=own_version(),
+                sigmas=options.sigmas,
+                references=references,
+                image_index=index,
+            )
+            write_png(name, np.asarray(image), parameters, overwrite=True)  # the name is ours
+            on_written(name)
+
+    def _report(self, pipeline: Flux2Pipeline, options: RunOptions, output: Output, names: list[Path]) -> RunReport:
+        truncated = any(output.truncated)
+        if truncated:
+            limit = f" ({pipeline.spec.prompt.max_length} tokens)" if pipeline.spec.prompt else ""
+            self._console.warn(f"the prompt is longer than {pipeline.spec.name} reads{limit}; its end was cut off")
+        drawn = ", drawn" if options.seed is None else ""
+        self._console.note(
+            f"{output.width}x{output.height}, steps {output.num_inference_steps}, guidance {output.guidance_scale:g}, "
+            f"seed {output.seed}{drawn}, {output.timings.get('total', 0.0):.2f} s"
+        )
+        return RunReport(
+            images=[str(name) for name in names],
+            seed=output.seed,
+            seeds=list(output.seeds),
+            model=pipeline.spec.name,
+            bundle=str(self._folder),
+            width=output.width,
+            height=output.height,
+            num_inference_steps=output.num_inference_steps,
+            guidance_scale=output.guidance_scale,
+            prompt_truncated=truncated,
+            timings=dict(output.timings),
+        )
+
+
+def build_bundle(console: Console, **request: Any) -> dict[str, Any]:
+    """Build; the report as plain values. Arguments are those of `engines.build.BuildRequest`."""
+    try:
+        with console.clean_results():
+            from engines.build import BuildRequest, build
+
+            return build(BuildRequest(**request), on_progress=console.note).to_dict()
+    except ModuleNotFoundError as error:
+        raise Flux2Error(
+            f"building needs the package {error.name!r}, which is not installed; pip install torch onnx onnxscript"
+        ) from error
+
+
+def own_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("flux2-trt")
+    except PackageNotFoundError:
+        return "0+uninstalled"
+
+
+def _load_references(options: RunOptions) -> tuple[list[Image.Image], list[str]]:
+    """The references, decoded, and the SHA-256 of their files."""
+    if not options.image:
+        return [], []
+    from flux2_trt.bundle import file_sha256
+    from flux2_trt.images import load_reference
+
+    return [load_reference(path) for path in options.image], [file_sha256(path) for path in options.image]
+
+
+def _checked(options: RunOptions, spec: ModelSpec, references: list[Image.Image]) -> RunOptions:
+    """The options with the size of the reference that is to be matched. Raises UsageError for what `spec` cannot do."""
+    from flux2_trt.images import check_size, prepare_reference, reference_max_area
+    from flux2_trt.schedule import sigmas
+
+    sampling, multiple = spec.sampling, spec.autoencoder.pixels_per_token
+    if spec.text_encoder is None:
+        raise UsageError(f"{spec.name} has no text encoder; give prompt_embeds to Flux2Pipeline in Python instead")
+    if options.match_image is not None:
+        if options.width or options.height:
+            raise UsageError("give width and height, or match-image, not both")
+        if options.match_image > len(references):
+            raise UsageError(f"match-image {options.match_image} is not there; {len(references)} reference(s) were given")
+        area = reference_max_area(len(references), cap=sampling.max_reference_area)
+        height, width, _ = prepare_reference(references[options.match_image - 1], area, multiple).shape
+        options = replace(options, width=width, height=height)
+    check_size(options.width or sampling.width, options.height or sampling.height, sampling, multiple)
+    if options.steps is not None and options.sigmas is not None:
+        sigmas(options.steps, num_tokens=1, custom=options.sigmas)
+    if sampling.fixed_guidance and options.guidance not in (None, sampling.guidance_scale):
+        raise UsageError(f"{spec.name} is distilled to guidance {sampling.guidance_scale:g}; leave guidance out")
+    return options

@@ -1,0 +1,18 @@
+"""Engine: a compiled component that can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Engine(Protocol):
+    """One component's plan with its weights, loaded and ready. Names and shapes are in the bundle's manifest."""
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Inputs by name to outputs by name; the outputs are the caller's to keep."""
+        ...

@@ -1,0 +1,34 @@
+"""The ONNX Runtime engine: the same graphs on any CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from numpy.typing import NDArray
+
+from flux2_trt.errors import BundleError
+from flux2_trt.runtime.engine import Arrays
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class OnnxRuntimeEngine:
+    """A graph whose weights lie in a file beside it. Raises BundleError where ONNX Runtime refuses it."""
+
+    def __init__(self, plan: Path, weights: Path, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.parent))
+        try:
+            self.session = onnxruntime.InferenceSession(plan.read_bytes(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # pybind exceptions of ONNX Runtime share no base class
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"ONNX Runtime cannot load {plan}: {reason}; build the bundle again") from error
+        self.outputs = [output.name for output in self.session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        return dict(zip(self.outputs, self.session.run(self.outputs, dict(inputs)), strict=True))
