@@ -80,7 +80,7 @@ def compare(repeats: int) -> dict[str, Any]:
     size = (sampling.width, sampling.height)
     sides = [side // spec.autoencoder.pixels_per_token for side in size]
     noise = noise_batch([1], spec.transformer.in_channels, sides[1], sides[0])
-    embeds, _ = pipeline._embeds([PROMPT], None)
+    embeds, _ = pipeline.encode_prompt([PROMPT])
     eager = diffusers_pipeline(spec, source.open)
     compiled = diffusers_pipeline(spec, source.open)
     compiled.transformer = torch.compile(compiled.transformer)

@@ -116,7 +116,8 @@ def _components(source: ModelSource, asked: tuple[str, ...] | None) -> tuple[Com
         return there
     unknown = [name for name in asked if name not in get_args(Component) or name not in there]
     if unknown or not asked:
-        raise UsageError(f"{source.spec.name} has no component {', '.join(unknown)!r}; it has {', '.join(there)}")
+        wrong = f"has no component {', '.join(map(repr, unknown))}" if unknown else "cannot be built without components"
+        raise UsageError(f"{source.spec.name} {wrong}; it has {', '.join(there)}")
     return tuple(name for name in there if name in asked)
 
 

@@ -14,6 +14,7 @@ from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.download import locate, locate_tokenizer
 from flux2_trt.errors import CheckpointError, UsageError
 from flux2_trt.inventory import expected_tensors
+from flux2_trt.manifest import SYNTHETIC
 from flux2_trt.naming import FAMILIES, Family
 from flux2_trt.shards import open_tensor_files
 from flux2_trt.spec import ModelSpec
@@ -43,7 +44,7 @@ class ModelSource:
     def identity(self) -> dict[str, Any]:
         """What the weights are: digests of every file, or the seed. JSON values."""
         if self.seed is not None:
-            return {"random": self.seed}
+            return {SYNTHETIC: self.seed}
         files = {
             family: {file.path.name: file_sha256(file.path) for file in open_tensor_files(path, family)}
             for family, path in self.paths.items()

@@ -8,6 +8,7 @@ constants that live in a weight file, for compilers that want them.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from flux2_trt.spec import Component, ModelSpec
 
 Dtype = Literal["fp32", "bf16"]
 OPSET = 23
+EXPORTER_LOG = "torch.onnx"  # it warns of torchvision, which is not needed, before every graph
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -72,6 +74,7 @@ def trace(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = _build(component, spec, dtype).eval()
         example = _example(component, spec, TORCH_DTYPES[dtype])
+        logging.getLogger(EXPORTER_LOG).setLevel(logging.ERROR)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             program = torch.onnx.export(
                 module,

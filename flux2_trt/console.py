@@ -26,15 +26,10 @@ class Console:
     results: IO[str] = field(default_factory=lambda: sys.stdout)
     notes: IO[str] = field(default_factory=lambda: sys.stderr)
 
-    def path(self, path: Path) -> None:
-        """A result: one path, byte for byte, whatever the encoding of the terminal."""
+    def line(self, text: str | Path) -> None:
+        """A line of a result; a path goes out byte for byte, whatever the encoding of the terminal."""
         if not self.json:
-            typer.echo(os.fsencode(path), file=self.results)
-
-    def line(self, text: str) -> None:
-        """A line of a result that people read."""
-        if not self.json:
-            print(text, file=self.results, flush=True)
+            typer.echo(os.fsencode(text), file=self.results)
 
     def object(self, values: Mapping[str, Any]) -> None:
         """The JSON object of a command, printed only with `json`."""

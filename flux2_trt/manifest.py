@@ -25,6 +25,7 @@ MANIFEST_FILE = "bundle.json"
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 WeightPlacement = Literal["bound", "embedded", "external"]
+SYNTHETIC = "random"  # the key of a manifest's `source` that holds the seed of made-up weights
 
 
 class TensorShape(TypedDict):
@@ -184,6 +185,12 @@ class Manifest:
         plans = [component.plan for component in self.components]
         weights = [component.weights for component in self.components if component.weights]
         return tuple(dict.fromkeys((*plans, *weights, *self.assets)))
+
+    @property
+    def makes_pictures(self) -> bool:
+        """All components are there and the weights are no made-up ones: fit to be chosen without being named."""
+        built = {component.name for component in self.components}
+        return built.issuperset(self.model.components) and SYNTHETIC not in self.source
 
     @property
     def total_bytes(self) -> int:

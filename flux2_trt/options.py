@@ -12,6 +12,7 @@ from flux2_trt.errors import UsageError
 
 DEFAULT_MODEL = "tiny"
 SHOWN_CHARACTERS = 60  # of a value that is refused
+PIXELS = "a whole number of pixels, for example 256"
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Option:
 
 
 def _option(
-    default: Any, help: str, allowed: str, parse: Callable[[str], Any], repeated: bool = False, short: str | None = None
-) -> Any:
-    return field(default=default, metadata={"option": Option(help, allowed, parse, repeated, short)})
+    help: str, allowed: str, parse: Callable[[str], Any], repeated: bool = False, short: str | None = None
+) -> dict[str, Option]:
+    return {"option": Option(help, allowed, parse, repeated, short)}
 
 
 def _text(text: str) -> str:
@@ -96,43 +97,64 @@ def _seed(text: str) -> int:
 class RunOptions:
     """One request for pictures. None is the default of the model; `match_image` counts from 1."""
 
-    prompt: str | None = _option(None, "What to draw.", 'a text, for example "a red cube"', str)
-    model: str | None = _option(
-        None,
-        f"Model, by name; its newest bundle is used (default: {DEFAULT_MODEL}).",
-        "the name of a model that was built; see: flux2-trt bundles list",
-        _text,
+    prompt: str | None = field(default=None, metadata=_option("What to draw.", 'a text, for example "a red cube"', str))
+    model: str | None = field(
+        default=None,
+        metadata=_option(
+            f"Model, by name; its newest bundle is used (default: {DEFAULT_MODEL}).",
+            "the name of a model that was built; see: flux2-trt bundles list",
+            _text,
+        ),
     )
-    bundle: Path | None = _option(
-        None, "Bundle folder, in place of a model.", "a folder that flux2-trt build printed", _path
+    bundle: Path | None = field(
+        default=None,
+        metadata=_option("Bundle folder, in place of a model.", "a folder that flux2-trt build printed", _path),
     )
-    image: tuple[Path, ...] = _option(
-        (), "Reference picture; several are taken in their order.", "a PNG, JPEG or WEBP file", _path, repeated=True
+    image: tuple[Path, ...] = field(
+        default=(),
+        metadata=_option("Reference picture; several are taken in order.", "a PNG, JPEG or WEBP file", _path, True),
     )
-    width: int | None = _option(
-        None, "Width in pixels (default: first reference, else the model's).", "a number of pixels like 256", _positive
+    width: int | None = field(
+        default=None,
+        metadata=_option("Width (default: first reference, else the model's).", PIXELS, _positive),
     )
-    height: int | None = _option(
-        None, "Height in pixels (default: first reference, else the model's).", "a number of pixels like 256", _positive
+    height: int | None = field(
+        default=None,
+        metadata=_option("Height (default: first reference, else the model's).", PIXELS, _positive),
     )
-    match_image: int | None = _option(
-        None, "Take the size of this reference; 1 is the first.", "the number of a reference, from 1", _positive
+    match_image: int | None = field(
+        default=None,
+        metadata=_option("Take the size of this reference; 1 is the first.", "a reference's number, from 1", _positive),
     )
-    steps: int | None = _option(None, "Denoising steps (default: the model's).", "a whole number like 8", _steps)
-    guidance: float | None = _option(
-        None, "Guidance scale (default: the model's).", "a number from 0 to 100", _guidance
+    steps: int | None = field(
+        default=None, metadata=_option("Denoising steps (default: the model's).", "a whole number like 8", _steps)
     )
-    sigmas: tuple[float, ...] | None = _option(
-        None, "Noise levels in place of steps, falling, like 1,0.75,0.5,0.25.", "numbers like 1,0.75,0.5,0.25", _sigmas
+    guidance: float | None = field(
+        default=None,
+        metadata=_option("Guidance scale (default: the model's).", "a number from 0 to 100", _guidance),
     )
-    seed: int | None = _option(
-        None, "Seed; picture i has seed + i (default: drawn and shown).", "a whole number from 0 to 2**64 - 1", _seed
+    sigmas: tuple[float, ...] | None = field(
+        default=None,
+        metadata=_option("Noise levels, one per step, from high to low.", "numbers like 1,0.75,0.5,0.25", _sigmas),
     )
-    num_images: int = _option(1, "How many pictures.", "a whole number from 1", _positive)
-    output: Path | None = _option(
-        None, "A .png name, or a folder (default: a free name in this folder).", "a .png name or a folder", _path,
-        short="-o",
-    )  # fmt: skip
+    seed: int | None = field(
+        default=None,
+        metadata=_option(
+            "Seed; picture i has seed + i (default: drawn and shown).", "a whole number from 0 to 2**64 - 1", _seed
+        ),
+    )
+    num_images: int = field(
+        default=1, metadata=_option("How many pictures (default: 1).", "a whole number from 1", _positive)
+    )
+    output: Path | None = field(
+        default=None,
+        metadata=_option(
+            "A .png name, or a folder (default: a free name in this folder).",
+            "a .png name or a folder",
+            _path,
+            short="-o",
+        ),
+    )
 
 
 OPTIONS: Mapping[str, Option] = {field.name: field.metadata["option"] for field in fields(RunOptions)}
@@ -169,11 +191,12 @@ def parse_assignment(text: str, options: RunOptions) -> RunOptions:
         raise UsageError(f"{_shown(text)} is no key=value; write for example width=512")
     if name not in OPTIONS:
         raise UsageError(f"unknown option {_shown(key)}; known are {', '.join(OPTIONS)}")
-    if not value:
-        return replace(options, **{name: default_of(name)})
-    if OPTIONS[name].repeated:
-        return replace(options, **{name: tuple(_parsed(name, part) for part in value.split(","))})
-    return replace(options, **{name: _parsed(name, value)})
+    parsed: Any = default_of(name)
+    if value:
+        repeated = OPTIONS[name].repeated
+        parsed = tuple(_parsed(name, part) for part in value.split(",")) if repeated else _parsed(name, value)
+    changed: dict[str, Any] = {name: parsed}
+    return replace(options, **changed)
 
 
 def as_text(name: str, options: RunOptions) -> str:
@@ -181,9 +204,7 @@ def as_text(name: str, options: RunOptions) -> str:
     value = getattr(options, name)
     if value is None:
         return ""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _parsed(name: str, text: str) -> Any:

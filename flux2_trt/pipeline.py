@@ -88,8 +88,11 @@ class Flux2Pipeline:
 
     @staticmethod
     def from_pretrained(name: str) -> Flux2Pipeline:
-        """The newest bundle of that model in the store. Raises BundleError with the build command without one."""
-        return Flux2Pipeline.from_bundle(Store().find(name))
+        """The newest bundle of that model in the store; partial bundles and synthetic weights are passed over.
+
+        Raises BundleError with the build command where there is none.
+        """
+        return Flux2Pipeline.from_bundle(Store().find(name, makes_pictures=True))
 
     def interrupt(self) -> None:
         """Stop the running call between two steps; it raises Interrupted."""
@@ -149,7 +152,10 @@ class Flux2Pipeline:
             # 4. Encode
             with clock.stage("text_encoder"):
                 unconditional = self._unconditional() if self._uses_cfg(guidance) else None
-                embeds, truncated = self._embeds(prompts, prompt_embeds)
+                if prompts is None:
+                    embeds, truncated = np.asarray(prompt_embeds, dtype=np.float32), (False,) * count
+                else:
+                    embeds, truncated = self.encode_prompt(prompts)
             with clock.stage("vae_encoder"):
                 encoded = self._encode_references(references)
             pictures = [
@@ -201,8 +207,6 @@ class Flux2Pipeline:
         if (prompt is None) == (embeds is None):
             raise UsageError("give either a prompt or prompt embeds")
         if embeds is None:
-            if self.spec.text_encoder is None:
-                raise UsageError(f"{self.spec.name} has no text encoder; give prompt_embeds instead of a prompt")
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
             if not prompts:
                 raise UsageError("the list of prompts is empty; give at least one")
@@ -272,12 +276,14 @@ class Flux2Pipeline:
             )
         return np.asarray(latents, dtype=np.float32)
 
-    def _embeds(self, prompts: list[str] | None, embeds: Floats | None) -> tuple[Floats, tuple[bool, ...]]:
-        if prompts is None:
-            given = np.asarray(embeds, dtype=np.float32)
-            return given, (False,) * len(given)
+    def encode_prompt(self, prompts: Sequence[str]) -> tuple[Floats, tuple[bool, ...]]:
+        """Prompt embeds [B, T, context_dim] fp32, and of each prompt whether its end was cut.
+
+        Raises UsageError for a prompt that is not allowed, or without a text encoder.
+        """
+        if self.spec.text_encoder is None or self.spec.prompt is None:
+            raise UsageError(f"{self.spec.name} has no text encoder; give prompt_embeds instead of a prompt")
         if self._tokenizer is None:
-            assert self.spec.prompt and self.spec.text_encoder
             self._tokenizer = PromptTokenizer.from_file(self.bundle.asset_path("tokenizer.json"), self.spec.prompt)
             if self._tokenizer.vocab_size > self.spec.text_encoder.vocab_size:
                 raise BundleError(
@@ -293,9 +299,10 @@ class Flux2Pipeline:
         return np.concatenate(rows), tokens.truncated
 
     def _unconditional(self) -> Floats:
+        """Embeds [T, context_dim] of the empty prompt."""
         if self.spec.text_encoder is None:
             raise UsageError(f"{self.spec.name} has no text encoder for the empty prompt; use guidance_scale 1")
-        return self._embeds([UNCONDITIONAL], None)[0][0]
+        return self.encode_prompt([UNCONDITIONAL])[0][0]
 
     def _encode_references(self, references: list[list[NDArray[np.uint8]]]) -> list[tuple[Floats, ...]]:
         encoded: dict[int, Floats] = {}

@@ -78,7 +78,9 @@ class Runner:
 
     def _introduce(self, options: RunOptions) -> None:
         if options.model is None and options.bundle is None and not self._introduced:
-            self._console.note(f"using the built-in model {DEFAULT_MODEL}; it draws coloured shapes (--model for another)")
+            self._console.note(
+                f"using the built-in model {DEFAULT_MODEL}; it draws coloured shapes (--model for another)"
+            )
             self._introduced = True
 
     def _locate(self, options: RunOptions) -> tuple[Path | None, ModelSpec]:
@@ -93,7 +95,7 @@ class Runner:
             return options.bundle, read_manifest(options.bundle).model
         model, store = options.model or DEFAULT_MODEL, Store()
         try:
-            folder = store.find(model)
+            folder = store.find(model, makes_pictures=True)
         except BundleError:
             built = {bundle.model for bundle in store.list()}
             if model in built:
@@ -254,7 +256,9 @@ def _checked(options: RunOptions, spec: ModelSpec, references: list[Image.Image]
         if options.width or options.height:
             raise UsageError("give width and height, or match-image, not both")
         if options.match_image > len(references):
-            raise UsageError(f"match-image {options.match_image} is not there; {len(references)} reference(s) were given")
+            raise UsageError(
+                f"match-image {options.match_image} is not there; {len(references)} reference(s) were given"
+            )
         area = reference_max_area(len(references), cap=sampling.max_reference_area)
         height, width, _ = prepare_reference(references[options.match_image - 1], area, multiple).shape
         options = replace(options, width=width, height=height)

@@ -74,7 +74,7 @@ class Session:
                 self._complain(str(error))
 
     def answer(self, line: str) -> None:
-        """One line that does not end the session. Raises Flux2Error; the options stay as they were then."""
+        """One line that does not end the session. Raises Flux2Error; no assignment of a refused line is kept."""
         if not line:
             return
         if command := self._commands.get(line):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from flux2_trt.bundle import Bundle
+from flux2_trt.bundle import Bundle, read_manifest
 from flux2_trt.draft import FOLDER_MODE, Draft, Owner, delete, sync_folder
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
 from flux2_trt.listing import BundleSummary, is_bundle
@@ -106,8 +106,13 @@ class Store:
             raise BundleError(f"the bundle store {self.bundles} cannot be read ({error.strerror})") from error
         return sorted(map(BundleSummary.of, folders), key=lambda bundle: bundle.age_rank, reverse=True)
 
-    def find(self, model: str, target: str | None = None, recipe: str | None = None) -> Path:
-        """The newest sound bundle of a model. Raises BundleError with the build command where there is none."""
+    def find(
+        self, model: str, target: str | None = None, recipe: str | None = None, *, makes_pictures: bool = False
+    ) -> Path:
+        """The newest sound bundle of a model, on demand only one that `makes_pictures`.
+
+        Raises BundleError with the build command where there is none.
+        """
         fitting = [
             bundle
             for bundle in self.list()
@@ -115,10 +120,12 @@ class Store:
         ]
         for bundle in fitting:
             if bundle.ok:
+                if makes_pictures and not read_manifest(bundle.path).makes_pictures:
+                    continue
                 return bundle.path
             _log.warning("passing over a damaged bundle: %s", bundle.problem)
-        if fitting:
-            raise BundleError(fitting[0].problem)
+        if damaged := [bundle for bundle in fitting if not bundle.ok]:
+            raise BundleError(damaged[0].problem)
         wanted = f"{model} for {target or 'any target'}" + (f" in {recipe}" if recipe else "")
         raise BundleError(
             f"no bundle of {wanted} in {self.bundles}; build it: {build_command(model, target or 'auto')}"

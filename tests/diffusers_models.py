@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from export.trace import Graph, trace
 from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.models import QWEN3_PROMPT
 from flux2_trt.naming import Family
+from flux2_trt.spec import Component, ModelSpec
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -68,6 +71,7 @@ def small_autoencoder(seed: int = 0, **config: Any) -> AutoencoderKLFlux2:
     """Four levels, so that a token is 16 x 16 pixels, as in the published one."""
     sizes = {
         "block_out_channels": (8, 8, 16, 16),
+        "decoder_block_out_channels": (4, 8, 8, 16),
         "layers_per_block": 1,
         "latent_channels": 4,
         "norm_num_groups": 4,
@@ -95,10 +99,8 @@ def small_language_model(kind: str, seed: int = 0, **config: Any) -> Qwen3ForCau
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
     """Characters, with Qwen3's special tokens at the ids of the published tokenizer."""
-    characters = [chr(code) for code in range(32, 127)] + ["\n"]
-    tokenizer = Tokenizer(models.WordLevel(dict(zip(characters, range(96), strict=True)), unk_token=" "))
-    vocabulary = {character: index for index, character in enumerate(characters)}
-    tokenizer.model = models.WordLevel(vocabulary | {PAD_TOKEN: QWEN3_PROMPT.pad_token_id}, unk_token=" ")
+    vocabulary = {chr(code): code for code in (10, *range(32, 127))} | {PAD_TOKEN: QWEN3_PROMPT.pad_token_id}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.add_special_tokens([AddedToken(token) for token in (PAD_TOKEN, "<|im_start|>", "<|im_end|>")])
     return PreTrainedTokenizerFast(
@@ -121,6 +123,30 @@ def load(module: Model, folder: Path, family: Family) -> Model:
     state = {name: torch.from_numpy(checkpoint.read(name)) for name in module.state_dict()}
     module.load_state_dict(state, strict=True)
     return module.eval()
+
+
+_traced: dict[tuple[Any, ...], Graph] = {}
+
+
+def traced_once(component: Component, spec: ModelSpec) -> Graph:
+    """`trace`, once for all models that differ in nothing that the component's fp32 graph depends on.
+
+    Tracing takes 15 s on one core however small the model is, and is most of what these tests take.
+    """
+    sizes: Any
+    match component:
+        case "text_encoder":
+            sizes = spec.text_encoder
+        case "conditioning":
+            sizes = spec.transformer
+        case "transformer":
+            mixed = spec.sampling.guidance_kind == "classifier_free"
+            sizes = (replace(spec.transformer, guidance_embeds=False), mixed)
+        case _:
+            sizes = spec.autoencoder
+    if (component, sizes) not in _traced:
+        _traced[component, sizes] = trace(component, spec)
+    return _traced[component, sizes]
 
 
 def relative_error(ours: torch.Tensor | np.ndarray, theirs: torch.Tensor | np.ndarray) -> float:

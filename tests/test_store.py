@@ -9,11 +9,12 @@ import signal
 import stat
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flux2_trt.bundle import Bundle, ComponentRecord, content_key
+from flux2_trt.bundle import Bundle, ComponentRecord, content_key, read_manifest
 from flux2_trt.draft import Draft
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
 from flux2_trt.models import published_spec
@@ -391,6 +392,16 @@ def test_find_passes_over_damage_aloud(store, caplog):
     store.remove(old.path)
     with pytest.raises(BundleError, match=r"5 found; rebuild it: flux2-trt build tiny --target cpu"):
         store.find("tiny")
+
+
+def test_find_on_demand_passes_over_partial_and_synthetic_bundles(store):
+    publish(store)  # one component only
+    synthetic = replace(read_manifest(publish(store, other_key(1)).path), source={"random": 0})
+    whole = [replace(synthetic.components[0], name=name) for name in synthetic.model.components]
+    assert not replace(synthetic, components=tuple(whole)).makes_pictures
+    assert replace(synthetic, components=tuple(whole), source={}).makes_pictures
+    with pytest.raises(BundleError, match=r"no bundle of tiny .* flux2-trt build tiny"):
+        store.find("tiny", makes_pictures=True)
 
 
 def test_remove_by_name_path_and_key(store):

@@ -113,8 +113,9 @@ class TextEncoder(nn.Module):
         positions = torch.arange(length, device=input_ids.device)
         causal = positions[:, None] >= positions
         visible = causal & attention_mask.bool()[:, None, None, :]
-        sees = visible.any(dim=-1).transpose(1, 2)
-        visible = visible | (positions[:, None] == positions)
+        sees = visible.any(dim=-1, keepdim=True)
+        visible = visible | (~sees & (positions[:, None] == positions))
+        sees = sees.squeeze(1)
 
         x = self.embed_tokens(input_ids)
         states = [x]

@@ -65,6 +65,8 @@ class FlowConfig:
     """Share of all steps, at the end, over which the learning rate falls linearly to zero."""
     timestep_shift: float = 4.5
     """Timesteps are uniform numbers shifted towards noise: t = s*u / (1 + (s - 1)*u)."""
+    drawn_weight: float = 4.0
+    """Weight in the loss of tokens that are more than background, in the target or a reference."""
     prompt_dropout: float = 0.06
     ema_decay: float = 0.995
     pool_size: int = 6144

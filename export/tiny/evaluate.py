@@ -14,7 +14,6 @@ from export.tiny.dataset import DRAW, Sample, sample
 from export.tiny.flow import FlowModel
 from export.tiny.judge import judge, score
 from export.tiny.pool import encode_samples
-from export.tiny.scenes import render
 from flux2_trt.latents import noise_batch, pack, position_ids, rotary_tables
 from flux2_trt.schedule import sigmas
 from flux2_trt.text import PromptTokenizer
@@ -35,11 +34,6 @@ def held_out_scores(generate: Generate, config: EvaluationConfig) -> dict[str, f
             pictures = generate(chunk, range(first, first + len(chunk)))
             verdicts += [judge(each, picture) for each, picture in zip(chunk, pictures, strict=True)]
     return {name: round(value, 4) for name, value in score(verdicts).items()}
-
-
-def render_references(each: Sample, size: tuple[int, int]) -> list[Pictures]:
-    """The reference pictures of a sample, uint8 [H, W, 3], at (width, height)."""
-    return [render(scene, *size) for scene in each.references]
 
 
 def torch_generator(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from export.modules.autoencoder import VaeEncoder
 from export.modules.conditioning import Conditioning
@@ -49,14 +49,17 @@ class FlowModel(nn.Module):
         modulation, text_tokens = self.conditioning(timestep, embeds)
         return self.transformer.velocity(tokens, modulation, text_tokens, *tables)
 
-    def loss(self, batch: Batch, tables: tuple[Tensor, Tensor], shift: float) -> Tensor:
-        """Mean squared error of the velocity noise - picture at shifted uniform timesteps."""
-        uniform = torch.rand(len(batch.target))
+    def loss(self, batch: Batch, tables: tuple[Tensor, Tensor], config: FlowConfig) -> Tensor:
+        """Weighted mean squared error of the velocity noise - picture at shifted uniform timesteps."""
+        shift, device = config.timestep_shift, batch.target.device
+        uniform = torch.rand(len(batch.target)).to(device)
         timestep = shift * uniform / (1 + (shift - 1) * uniform)
-        noise = torch.randn_like(batch.target)
+        noise = torch.randn(batch.target.shape).to(device)
         noisy = torch.lerp(batch.target, noise, timestep[:, None, None])
         velocity = self.velocity(torch.cat((noisy, batch.references), dim=1), timestep, batch, tables)
-        return F.mse_loss(velocity[:, : noise.shape[1]], noise - batch.target)
+        error = (velocity[:, : noise.shape[1]] - (noise - batch.target)).square().mean(dim=-1)
+        weight = torch.where(batch.drawn, config.drawn_weight, 1.0)
+        return (error * weight).sum() / weight.sum()
 
 
 class FlowTrainer:
@@ -66,7 +69,8 @@ class FlowTrainer:
         torch.manual_seed(seed)
         self.spec, self.config, self.encoder, self.tokenizer = spec, config, encoder, tokenizer
         self.rng = np.random.default_rng(seed)
-        self.model = FlowModel(spec)
+        self.device = encoder.encoder.conv_in.weight.device
+        self.model = FlowModel(spec).to(self.device)
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and ("blocks." in n or "layers." in n)]
         self.optimizer = Optimizer(
@@ -80,15 +84,15 @@ class FlowTrainer:
     def total_steps(self) -> int:
         return sum(phase.steps for phase in self.config.phases)
 
-    def run(self, log: Callable[[str], None], save: Callable[[FlowTrainer], None]) -> None:
-        """Train to the end; `save` is called after every step and decides for itself."""
+    def run(self, log: Callable[[str], None], save: Callable[[FlowTrainer], None], last: int) -> None:
+        """Train until step `last`; `save` is called after every step and decides for itself."""
         first = 0
         for phase in self.config.phases:
-            while first <= self.step < first + phase.steps:
+            while first <= self.step < min(first + phase.steps, last):
                 started = time.monotonic()
                 losses = self.train_step(phase.sizes, dict(phase.batch))
                 self.seconds += time.monotonic() - started
-                if self.step % 20 == 0 or self.step == self.total_steps:
+                if self.step % 20 == 0 or self.step == last:
                     values = " ".join(f"{kind} {value:.4f}" for kind, value in losses.items())
                     log(f"flow {self.step}/{self.total_steps} {self.seconds:.0f} s: {values}")
                 save(self)
@@ -104,7 +108,7 @@ class FlowTrainer:
                 (kind, size), Pool(kind, size, self.config.pool_size, self.encoder, self.tokenizer)
             )
             batch = self._vary_prompts(pool.batch(self.rng, count, self.config.fresh_share))
-            loss = self.model.loss(batch, self._tables(batch, size), self.config.timestep_shift)
+            loss = self.model.loss(batch, self._tables(batch, size), self.config)
             (loss * (count / total)).backward()
             losses[kind] = loss.item()
         config = self.config
@@ -119,11 +123,15 @@ class FlowTrainer:
         """Empty some prompts, for classifier-free guidance, and usually cut the padding that no prompt needs."""
         empty = self.tokenizer([""])
         dropped = torch.from_numpy(self.rng.random(len(batch.target)) < self.config.prompt_dropout)[:, None]
-        input_ids = torch.where(dropped, torch.from_numpy(empty.input_ids), batch.input_ids)
-        attention_mask = torch.where(dropped, torch.from_numpy(empty.attention_mask), batch.attention_mask)
+        dropped, empty_ids, empty_mask = (
+            values.to(self.device)
+            for values in (dropped, torch.from_numpy(empty.input_ids), torch.from_numpy(empty.attention_mask))
+        )
+        input_ids = torch.where(dropped, empty_ids, batch.input_ids)
+        attention_mask = torch.where(dropped, empty_mask, batch.attention_mask)
         longest = int(attention_mask.sum(dim=1).max())
         length = int(self.rng.integers(longest, input_ids.shape[1] + 1)) if self.rng.random() < 0.3 else longest
-        return Batch(batch.target, batch.references, input_ids[:, :length], attention_mask[:, :length])
+        return replace(batch, input_ids=input_ids[:, :length], attention_mask=attention_mask[:, :length])
 
     def _tables(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         width, height = (side // self.spec.autoencoder.pixels_per_token for side in size)
@@ -131,7 +139,7 @@ class FlowTrainer:
         ids = position_ids(batch.input_ids.shape[1], height, width, references)
         transformer = self.spec.transformer
         cos, sin = rotary_tables(ids, transformer.axes_dim, transformer.theta)
-        return torch.from_numpy(cos), torch.from_numpy(sin)
+        return torch.from_numpy(cos).to(self.device), torch.from_numpy(sin).to(self.device)
 
     def averaged_model(self) -> FlowModel:
         model = FlowModel(self.spec)
@@ -154,5 +162,5 @@ class FlowTrainer:
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"])
+        torch.set_rng_state(state["torch_rng"].cpu())
         self.step, self.seconds = state["step"], state["seconds"]

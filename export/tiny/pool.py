@@ -7,21 +7,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from export.modules.autoencoder import VaeEncoder
 from export.tiny.dataset import Kind, Sample, sample
-from export.tiny.scenes import render
+from export.tiny.scenes import COLORS, render
 from flux2_trt.text import PromptTokenizer
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latent tokens of targets [B, N, C] and references [B, R*N, C] fp32, token ids and mask [B, T] int64."""
+    """Latent tokens of targets [B, N, C] and references [B, R*N, C] fp32, token ids and mask [B, T] int64.
+
+    `drawn` [B, N] bool: tokens where the target or a reference shows something other than its background.
+    """
 
     target: Tensor
     references: Tensor
     input_ids: Tensor
     attention_mask: Tensor
+    drawn: Tensor
 
     def select(self, indices: Tensor) -> Batch:
         return Batch(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
@@ -34,14 +39,19 @@ def encode_samples(
     """One batch of samples of one kind (so all have the same number of references) at `size` = (width, height)."""
     scenes = [scene for each in samples for scene in (each.target, *each.references)]
     pixels = torch.from_numpy(np.stack([render(scene, *size) for scene in scenes]))
-    latents = torch.cat([encoder(chunk).flatten(1, 2) for chunk in pixels.split(16)])
+    device = encoder.encoder.conv_in.weight.device
+    latents = torch.cat([encoder(chunk.to(device)).flatten(1, 2) for chunk in pixels.split(16)])
     tokens = latents.unflatten(0, (len(samples), -1))
+    backgrounds = torch.tensor([COLORS[scene.background] for scene in scenes])[:, None, None, :]
+    differs = (pixels != backgrounds).any(dim=-1).float()
+    drawn = F.max_pool2d(differs, encoder.spec.pixels_per_token).flatten(1).unflatten(0, (len(samples), -1))
     prompts = tokenizer([each.prompt for each in samples])
     return Batch(
         target=tokens[:, 0],
         references=tokens[:, 1:].flatten(1, 2),
-        input_ids=torch.from_numpy(prompts.input_ids),
-        attention_mask=torch.from_numpy(prompts.attention_mask),
+        input_ids=torch.from_numpy(prompts.input_ids).to(device),
+        attention_mask=torch.from_numpy(prompts.attention_mask).to(device),
+        drawn=drawn.amax(dim=1).bool().to(device),
     )
 
 

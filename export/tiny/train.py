@@ -65,6 +65,8 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for the state of the training.")] = Path("local/tiny"),
     assets: Annotated[Path, typer.Option(help="Where the finished model goes.")] = ASSETS,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's default.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the flow model trains: cpu or cuda.")] = "cpu",
+    stop: Annotated[int, typer.Option(help="Write the model as it is after so many steps; 0 trains to the end.")] = 0,
 ) -> None:
     """Train the built-in model, score it on held-out prompts and write it."""
     if threads:
@@ -78,22 +80,23 @@ def main(
     tokenizer = PromptTokenizer.from_file(assets / "tokenizer.json", spec.prompt)
     encoder, decoder = _autoencoder(config, work / "autoencoder.pt")
 
-    trainer = FlowTrainer(spec, config.flow, config.seed, encoder, tokenizer)
+    trainer = FlowTrainer(spec, config.flow, config.seed, encoder.to(device), tokenizer)
     state_file = work / "flow.pt"
     if state_file.exists():
-        trainer.load_state(torch.load(state_file, weights_only=True))
+        trainer.load_state(torch.load(state_file, weights_only=True, map_location=device))
         _log(f"resuming at step {trainer.step}")
     saved = time.monotonic()
 
     def save_sometimes(current: FlowTrainer) -> None:
         nonlocal saved
-        if time.monotonic() - saved > SAVE_SECONDS or current.step == current.total_steps:
+        if time.monotonic() - saved > SAVE_SECONDS or current.step in (stop, current.total_steps):
             _save_state(current.state(), state_file)
             saved = time.monotonic()
 
-    trainer.run(_log, save_sometimes)
+    trainer.run(_log, save_sometimes, stop or trainer.total_steps)
 
-    model = trainer.averaged_model()
+    model = trainer.averaged_model().to("cpu")
+    encoder = encoder.to("cpu")
     _write_half_precision({**encoder.state_dict(), **decoder.state_dict()}, assets / "autoencoder.safetensors")
     _write_half_precision(dict(model.text_encoder.state_dict()), assets / "text_encoder.safetensors")
     _write_half_precision(
@@ -102,7 +105,13 @@ def main(
     generate = torch_generator(model, encoder, decoder, tokenizer, config.evaluation)
     scores = held_out_scores(generate, config.evaluation)
     _log(json.dumps(scores, indent=2))
-    record = {"config": asdict(config), "flow_seconds": round(trainer.seconds), "scores": scores}
+    record = {
+        "config": asdict(config),
+        "flow_steps": trainer.step,
+        "flow_steps_planned": trainer.total_steps,
+        "flow_seconds": round(trainer.seconds),
+        "scores": scores,
+    }
     (assets / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

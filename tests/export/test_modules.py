@@ -129,8 +129,9 @@ def test_guidance_mix_is_classifier_free_guidance(tmp_path: Path) -> None:
 # --- autoencoder -------------------------------------------------------------------------------------------------
 
 AUTOENCODERS = {
-    "as published": {},
-    "small decoder": {"decoder_block_out_channels": (4, 8, 8, 12), "layers_per_block": 2},
+    "small decoder": {},
+    "decoder like the encoder": {"decoder_block_out_channels": None},
+    "three blocks": {"decoder_block_out_channels": (4, 8, 8, 12), "layers_per_block": 2},
     "no quant convs": {"use_quant_conv": False, "use_post_quant_conv": False},
     "quant conv only": {"use_post_quant_conv": False, "mid_block_add_attention": False},
     "batch norm eps": {"batch_norm_eps": 0.1},

@@ -1,0 +1,120 @@
+"""What the built-in model can do: `python -m benchmarks.tiny`.
+
+Scores of held-out prompts, edits and combinations, made by the pipeline itself from the built bundle and judged
+without a network, and the grid of pictures in the README. Writes `results/tiny.json` and `results/tiny.png`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image, ImageDraw, ImageFont
+
+from export.tiny.config import EvaluationConfig
+from export.tiny.dataset import Sample
+from export.tiny.evaluate import Pictures, held_out_scores
+from export.tiny.scenes import render
+from flux2_trt.pipeline import Flux2Pipeline
+
+RESULTS = Path(__file__).parent / "results"
+SIDE, CAPTION, GAP = 192, 40, 12
+
+TEXT = (
+    "a large red circle on a blue background",
+    "a green triangle to the left of a yellow square on a white background",
+    "a small purple star in the top right corner, gray background",
+    "pink diamond above a black cross, on orange",
+)
+EDITS = (
+    (TEXT[0], "make the circle green"),
+    (TEXT[1], "replace the square with a star"),
+)
+COMBINE = (("a large orange star on white", "a blue square on a yellow background"),)
+COMBINE_PROMPT = "the shape of image 1 in the colour of image 2"
+
+
+def product_scores(pipeline: Flux2Pipeline, config: EvaluationConfig) -> dict[str, float]:
+    """Held-out scores of pictures that the pipeline made."""
+    width, height = config.size
+
+    def generate(samples: Sequence[Sample], seeds: Sequence[int]) -> Pictures:
+        pictures = [
+            pipeline(
+                each.prompt,
+                image=[render(scene, width, height) for scene in each.references] or None,
+                width=width,
+                height=height,
+                num_inference_steps=config.num_inference_steps,
+                seed=seed,
+            ).images[0]
+            for each, seed in zip(samples, seeds, strict=True)
+        ]
+        return np.stack([np.asarray(picture) for picture in pictures])
+
+    return held_out_scores(generate, config)
+
+
+def make_grid(pipeline: Flux2Pipeline) -> Image.Image:
+    """Text to image, edits of those pictures, and two references combined, each with its prompt."""
+    made = {prompt: pipeline(prompt, seed=3).images[0] for prompt in dict.fromkeys((*TEXT, *COMBINE[0]))}
+    cells = [(prompt, made[prompt]) for prompt in TEXT]
+    for source, instruction in EDITS:
+        cells += [(source, made[source]), (instruction, pipeline(instruction, image=made[source], seed=3).images[0])]
+    for first, second in COMBINE:
+        references = [made[first], made[second]]
+        combined = pipeline(COMBINE_PROMPT, image=references, seed=3).images[0]
+        cells += [(first, made[first]), (second, made[second]), (COMBINE_PROMPT, combined)]
+    return _sheet(cells)
+
+
+def _sheet(cells: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, rows * (SIDE + CAPTION + GAP) + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for index, (prompt, picture) in enumerate(cells):
+        x, y = GAP + index % columns * (SIDE + GAP), GAP + index // columns * (SIDE + CAPTION + GAP)
+        draw.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="lightgray")
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + SIDE + 4), _wrapped(prompt), fill="black", font=font)
+    return sheet
+
+
+def _wrapped(prompt: str, width: int = 28) -> str:
+    lines = [""]
+    for word in prompt.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def main(
+    count: Annotated[int, typer.Option(help="Held-out samples of every kind; 0 makes only the grid.")] = 100,
+    output: Annotated[Path, typer.Option(help="Folder for the result.")] = RESULTS,
+) -> None:
+    """Score the built `tiny` and draw the grid."""
+    pipeline = Flux2Pipeline.from_pretrained("tiny")
+    output.mkdir(parents=True, exist_ok=True)
+    make_grid(pipeline).save(output / "tiny.png", optimize=True)
+    if count:
+        config = EvaluationConfig(count=count)
+        result = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "bundle": pipeline.bundle.manifest.key,
+            "samples_of_every_kind": count,
+            "num_inference_steps": config.num_inference_steps,
+            "size": config.size,
+            "scores": product_scores(pipeline, config),
+        }
+        (output / "tiny.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

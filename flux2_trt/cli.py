@@ -1,0 +1,288 @@
+"""The command line: parse, call, print. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 no fitting bundle, 130 interrupted. Nothing heavy is imported before a command
+needs it, so that the help answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flux2_trt.console import Console
+from flux2_trt.errors import Flux2Error, UsageError
+from flux2_trt.options import OPTIONS, Option, RunOptions, flag_name, options_from_texts
+
+INTERRUPTED = 130
+TERMINATED = 143  # 128 + SIGTERM
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
+
+
+class Commands(TyperGroup):
+    """The root command: every failure ends here, as one text and an exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        flags = words[: words.index("--")] if "--" in words else words
+        console = Console(json="--json" in flags)
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
+        except Flux2Error as error:
+            console.error(str(error), code := error.exit_code)
+        except typer.TyperException as error:  # a word that is no option, or a value that is missing
+            code = error.exit_code
+            if console.json or not hasattr(error, "show"):
+                console.error(error.format_message(), code)
+            else:
+                error.show()
+        except typer.Abort:
+            console.error("the input ended", code := 1)
+        except Exception as error:  # a bug of ours: the traceback follows
+            if console.json:
+                console.error(f"{type(error).__name__}: {error}", 1)
+            raise
+        else:
+            if code == INTERRUPTED:
+                console.error("interrupted", code)
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="FLUX.2 pictures from compiled engines: build them for a device, then run prompts.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich takes longer to load than the help to print
+    pretty_exceptions_enable=False,
+)
+bundles = typer.Typer(help="The bundles of this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bundles, name="bundles")
+
+
+def main() -> None:
+    """The entry point of the `flux2-trt` program."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that nothing half-made stays behind
+    app(prog_name="flux2-trt")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from flux2_trt.runner import own_version
+
+        print(f"flux2-trt {own_version()}", flush=True)
+        raise typer.Exit()
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+
+
+@app.callback()
+def _root(version: Version = False) -> None: ...
+
+
+def _console(json: bool, quiet: bool) -> Console:
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(message)s", force=True)
+    return Console(json, quiet)
+
+
+def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command one flag for every field of `RunOptions`; it gets them as `options`, its first argument."""
+    signature = inspect.signature(command, eval_str=True)
+    own = list(signature.parameters.values())[1:]
+
+    @functools.wraps(command)
+    def with_flags(**values: Any) -> None:
+        command(options_from_texts({name: values.pop(name) for name in OPTIONS}), **values)
+
+    derived = [_parameter(name, option) for name, option in OPTIONS.items()]
+    parameters = [*derived, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+    with_flags.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_flags
+
+
+def _parameter(name: str, option: Option) -> inspect.Parameter:
+    kind = list[str] | None if option.repeated else str | None
+    flags = [flag_name(name), *([option.short] if option.short else [])]
+    given = (
+        typer.Argument(help=option.help, show_default=False)
+        if name == "prompt"
+        else typer.Option(*flags, help=option.help, metavar=name.split("_")[-1].upper(), show_default=False)
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, given])
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="tiny, dev, klein-4b, ..., a diffusers folder, or a .safetensors file.")],
+    target: Annotated[str, typer.Option(help="Device type to compile for; auto takes what is here.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="Number format (default: the target's).")] = None,
+    components: Annotated[str | None, typer.Option(help="Only these, with commas between them.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights from here; random:SEED makes some up.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Bundle store to use (default: yours).")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile a model into a bundle and print its path."""
+    from flux2_trt.runner import build_bundle
+
+    console = _console(json, quiet)
+    names = None if components is None else tuple(name.strip() for name in components.split(","))
+    report = build_bundle(
+        console,
+        model=model,
+        target=target,
+        precision=precision,
+        components=names,
+        checkpoint=checkpoint,
+        output=output,
+    )
+    how = "was there already" if report["reused"] else f"built in {report['seconds']:.1f} s"
+    console.note(f"{report['model']} for {report['target']} in {report['precision']}: {how}")
+    console.line(Path(report["bundle"]))
+    console.object(report)
+
+
+@app.command()
+@takes_run_options
+def run(
+    options: RunOptions,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a picture that exists.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw pictures and print their paths.
+
+    Without a prompt a terminal opens the interactive session.
+    """
+    from flux2_trt.runner import Runner
+
+    console = _console(json, quiet)
+    runner = Runner(console, overwrite)
+    if options.prompt is None and not json and sys.stdin.isatty():
+        from flux2_trt.session import Session
+
+        console.note("type what to draw, or help")
+        warn = functools.partial(print, file=sys.stderr, flush=True)
+        Session(runner, options, _read_line, console.line, warn, console.line).loop()
+        return
+    if options.prompt is None:
+        raise UsageError('there is no prompt; give one: flux2-trt run "a red cube", or start it on a terminal')
+    report = runner.run(options, on_written=console.line)
+    console.object(asdict(report))
+
+
+def _read_line(prompt: str) -> str:
+    with suppress(ImportError):  # where there is none, the terminal edits lines itself
+        import readline  # noqa: F401 (gives `input` its history and line editing)
+    try:
+        if sys.stdout.isatty():
+            return input(prompt)
+        print(prompt, end="", file=sys.stderr, flush=True)  # stdout goes to a file, which wants paths only
+        return input()
+    except EOFError:
+        print(file=sys.stderr)  # what the shell says next begins on a line of its own
+        raise
+
+
+@bundles.command("list")
+def list_bundles(json: Json = False, quiet: Quiet = False) -> None:
+    """Every bundle, newest first."""
+    from flux2_trt.doctor import size_text, summary_values
+    from flux2_trt.store import Store
+
+    console, store = _console(json, quiet), Store()
+    found = store.list()
+    for bundle in found:
+        state = "ok" if bundle.ok else f"damaged: {bundle.problem}"
+        console.line(f"{bundle.path.name}  {size_text(bundle.bytes)}  {bundle.created or '?'}  {state}")
+    if not found:
+        console.note(f"no bundles in {store.bundles}; build one: flux2-trt build tiny")
+    console.object({"store": str(store.root), "bundles": [summary_values(bundle) for bundle in found]})
+
+
+@bundles.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="Names, paths or keys (default: all).")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hash every file of bundles; exit 3 where one differs."""
+    from flux2_trt.store import Store
+
+    console, store = _console(json, quiet), Store()
+    results: list[dict[str, Any]] = []
+    for name in names or [bundle.path.name for bundle in store.list()]:
+        try:
+            store.verify(name)
+        except Flux2Error as error:
+            if isinstance(error, UsageError):
+                raise
+            results.append({"bundle": name, "ok": False, "problem": str(error)})
+        else:
+            results.append({"bundle": name, "ok": True, "problem": None})
+        console.line(f"{name}  {results[-1]['problem'] or 'ok'}")
+    damaged = sum(not result["ok"] for result in results)
+    failure = {"error": f"{damaged} of {len(results)} bundles failed", "exit_code": 3} if damaged else {}
+    console.object({"bundles": results, **failure})
+    if damaged:
+        raise typer.Exit(3)
+
+
+@bundles.command()
+def remove(
+    names: Annotated[list[str], typer.Argument(help="Names, paths or the starts of keys.")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove bundles and print the paths that they had."""
+    from flux2_trt.store import Store
+
+    console, store = _console(json, quiet), Store()
+    removed = []
+    for name in names:
+        removed.append(path := store.remove(name, on_wait=console.note))
+        console.line(path)
+    console.object({"removed": [str(path) for path in removed]})
+
+
+@app.command()
+def doctor(json: Json = False, quiet: Quiet = False) -> None:
+    """Say what this machine has.
+
+    Exits with 1 where pictures cannot even be drawn on the CPU.
+    """
+    from flux2_trt.doctor import examine
+
+    console, found = _console(json, quiet), examine()
+    for line in found.lines():
+        console.line(line)
+    console.object(found.to_dict())
+    if found.cpu_problem:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

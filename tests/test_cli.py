@@ -1,0 +1,504 @@
+"""The command line: exit codes, which stream gets what, no file half-made. Pipeline and builder are stand-ins."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from flux2_trt.bundle import Bundle, ComponentRecord, content_key
+from flux2_trt.cli import app
+from flux2_trt.errors import CheckpointError
+from flux2_trt.models import published_spec
+from flux2_trt.provenance import read_parameters
+from flux2_trt.store import Store
+
+COMMAND = [sys.executable, "-m", "flux2_trt.cli"]
+
+
+def publish(model: str = "tiny", recipe: str = "fp32") -> Path:
+    key = content_key({"model": model, "recipe": recipe})
+    with Store().publish(key, model=published_spec(model), recipe=recipe, target="cpu") as draft:
+        if not draft.done:
+            records = []
+            for component in draft.model.components:
+                plan = draft.plan_path(component, ".onnx")
+                plan.write_bytes(b"plan")
+                record = ComponentRecord(
+                    name=component,
+                    plan=draft.record(plan),
+                    graph_sha256="0" * 64,
+                    compiler="onnxruntime",
+                    compiler_version="1",
+                    weights=None,
+                    weight_placement="embedded",
+                    shapes={},
+                    layers={},
+                )
+                records.append(record)
+            draft.finish(records, [], source={})
+    return draft.bundle.path
+
+
+@dataclass
+class Bench:
+    """What the stand-ins were asked for, and what they are to do."""
+
+    loads: list[Path] = field(default_factory=list)
+    calls: list[dict] = field(default_factory=list)
+    builds: list[dict] = field(default_factory=list)
+    truncated: bool = False
+    failure: BaseException | None = None
+    failing_step: int = 0
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path) -> Bench:
+    monkeypatch.setenv("FLUX2_TRT_HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    bench = Bench()
+
+    class StandInPipeline:
+        def __init__(self, bundle: Bundle) -> None:
+            self.bundle, self.spec = bundle, bundle.manifest.model
+
+        @staticmethod
+        def from_bundle(path):
+            bench.loads.append(Path(path))
+            return StandInPipeline(Bundle.open(path))
+
+        def __call__(self, *, seed, width, height, num_inference_steps, num_images_per_prompt, **rest):
+            asked = {"seed": seed, "width": width, "height": height, "num_inference_steps": num_inference_steps}
+            bench.calls.append(asked | {"num_images_per_prompt": num_images_per_prompt} | rest)
+            print("a library prints this")
+            sampling = self.spec.sampling
+            steps = num_inference_steps or len(rest["sigmas"] or ()) or sampling.num_inference_steps
+            for picture in range(num_images_per_prompt):
+                for step in range(steps):
+                    if bench.failure and (picture, step) == (0, bench.failing_step):
+                        raise bench.failure
+                    rest["callback_on_step_end"](self, step, 1.0, {"latents": None})
+            size = (width or sampling.width, height or sampling.height)
+            return SimpleNamespace(
+                images=[Image.new("RGB", size, "red") for _ in range(num_images_per_prompt)],
+                seed=seed,
+                seeds=[seed + index for index in range(num_images_per_prompt)],
+                width=size[0],
+                height=size[1],
+                num_inference_steps=steps,
+                guidance_scale=rest["guidance_scale"] or sampling.guidance_scale,
+                truncated=(bench.truncated,),
+                timings={"total": 0.5},
+            )
+
+    pipeline = ModuleType("flux2_trt.pipeline")
+    pipeline.Flux2Pipeline = StandInPipeline
+    monkeypatch.setitem(sys.modules, "flux2_trt.pipeline", pipeline)
+
+    @dataclass(frozen=True)
+    class BuildRequest:
+        model: str
+        target: str = "auto"
+        precision: str | None = None
+        components: tuple[str, ...] | None = None
+        checkpoint: str | None = None
+        output: Path | None = None
+
+    def build(request, on_progress):
+        bench.builds.append(asdict(request))
+        on_progress("tracing transformer")
+        print("a library prints this")
+        if bench.failure:
+            raise bench.failure
+        report = {"bundle": str(publish(request.model)), "target": "cpu", "model": request.model, "precision": "fp32"}
+        return SimpleNamespace(to_dict=lambda: report | {"reused": False, "components": [], "seconds": 1.0})
+
+    builder = ModuleType("engines.build")
+    builder.BuildRequest, builder.build = BuildRequest, build
+    monkeypatch.setitem(sys.modules, "engines.build", builder)
+    return bench
+
+
+def flux2(*arguments: str, typed: str | None = None) -> Result:
+    result = CliRunner().invoke(app, list(arguments), input=typed, catch_exceptions=False)
+    assert "Traceback" not in result.output
+    return result
+
+
+def the_object(result: Result) -> dict:
+    [line] = result.stdout.splitlines()
+    return json.loads(line)
+
+
+def files() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
+
+
+def reference(name: str, width: int, height: int) -> Path:
+    Image.new("RGB", (width, height), "blue").save(name)
+    return Path(name)
+
+
+# run
+
+
+def test_run_prints_only_the_paths_on_stdout(bench):
+    publish()
+    result = flux2("run", "a red cube", "--num-images", "2", "--seed", "7")
+    assert (result.exit_code, result.stdout) == (0, "flux2-0001.png\nflux2-0002.png\n")
+    assert "built-in model tiny" in result.stderr and "seed 7" in result.stderr and not bench.builds
+    assert files() == ["flux2-0001.png", "flux2-0002.png"]
+
+
+def test_a_picture_carries_what_made_it(bench):
+    folder = publish()
+    Path("refs").mkdir()
+    path = reference("refs/cube.png", 256, 128)
+    flux2("run", "a red cube", "--image", str(path), "--seed", "7", "--num-images", "2", "--sigmas", "1,0.5")
+    parameters = read_parameters("flux2-0002.png")
+    assert (parameters.prompt, parameters.seed, parameters.image_index) == ("a red cube", 8, 1)
+    assert parameters.model_key == Bundle.open(folder).manifest.key and parameters.model == "tiny"
+    assert parameters.sigmas == (1.0, 0.5) and parameters.num_inference_steps == 2
+    [found] = parameters.references
+    assert (found.name, found.sha256) == ("cube.png", sha256(path.read_bytes()).hexdigest())
+
+
+def test_json_is_one_object_on_stdout(bench):
+    folder = publish()
+    result = flux2("run", "a red cube", "--json", "--width", "128", "--guidance", "2")
+    report = the_object(result)
+    assert report["images"] == ["flux2-0001.png"] and report["bundle"] == str(folder) and report["width"] == 128
+    assert report["seeds"] == [report["seed"]] and report["guidance_scale"] == 2 and not report["prompt_truncated"]
+    assert "a library prints this" in result.stderr
+
+
+def test_a_seed_that_was_not_given_is_drawn_and_shown(bench):
+    publish()
+    results = [flux2("run", "a cube") for _ in range(2)]
+    seeds = [call["seed"] for call in bench.calls]
+    assert seeds[0] != seeds[1]
+    assert all(f"seed {seed}, drawn" in result.stderr for seed, result in zip(seeds, results, strict=True))
+
+
+def test_quiet_leaves_stderr_to_warnings(bench):
+    publish()
+    bench.truncated = True
+    result = flux2("run", "a cube", "--quiet")
+    lines = [line for line in result.stderr.splitlines() if "a library" not in line]
+    assert len(lines) == 1 and "longer than tiny reads" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--width", "100"],
+        ["--width", "1e3"],
+        ["--height", "4096"],
+        ["--steps", "0"],
+        ["--steps", "3", "--sigmas", "1,0.5"],
+        ["--guidance", "nan"],
+        ["--guidance", "inf"],
+        ["--guidance", "-1"],
+        ["--seed", "-1"],
+        ["--seed", str(2**64)],
+        ["--num-images", "0"],
+        ["--image", "missing.png"],
+        ["--match-image", "1"],
+        ["--model", "colour"],
+        ["--model", "tiny", "--bundle", "."],
+        ["-o", "picture.jpg"],
+        ["-o", "folder/"],
+        ["--colour", "red"],
+    ],
+)
+@pytest.mark.parametrize("built", [True, False])
+def test_bad_values_are_refused_before_anything_is_built_or_loaded(bench, flags, built):
+    if built:
+        publish()
+    result = flux2("run", "a cube", *flags)
+    assert (result.exit_code, result.stdout) == (2, "") and "rror: " in result.stderr
+    result = flux2("run", "a cube", "--json", *flags)
+    assert result.exit_code == the_object(result)["exit_code"] == 2 and "rror" not in result.stderr
+    assert not bench.loads and not bench.builds and not files()
+
+
+def test_an_existing_picture_is_refused_before_generating_and_a_free_name_given(bench):
+    publish()
+    for name in ("cube.png", "cube-2.png"):
+        Path(name).write_bytes(b"mine")
+    result = flux2("run", "a cube", "-o", "cube.png")
+    assert result.exit_code == 2 and "cube-3.png" in result.stderr and "--overwrite" in result.stderr
+    assert not bench.loads and Path("cube.png").read_bytes() == b"mine"
+    assert flux2("run", "a cube", "-o", "cube.png", "--overwrite").exit_code == 0
+    assert read_parameters("cube.png").prompt == "a cube" and files() == ["cube-2.png", "cube.png"]
+
+
+def test_several_pictures_get_numbered_names_and_none_is_taken_if_one_exists(bench):
+    publish()
+    Path("cube-0002.png").write_bytes(b"mine")
+    assert flux2("run", "a cube", "-o", "cube.png", "--num-images", "2").exit_code == 2
+    assert files() == ["cube-0002.png"] and not bench.loads
+    result = flux2("run", "a cube", "-o", "ball.png", "--num-images", "2")
+    assert result.stdout == "ball-0001.png\nball-0002.png\n"
+
+
+def test_a_folder_as_output_gets_free_names(bench):
+    publish()
+    Path("out").mkdir()
+    assert [flux2("run", "a cube", "-o", "out").stdout for _ in range(2)] == [
+        f"{Path('out', name)}\n" for name in ("flux2-0001.png", "flux2-0002.png")
+    ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a file is no folder there either, but says so otherwise")
+@pytest.mark.parametrize("output", ["/proc/self/cube.png", "/proc/self", "missing/cube.png"])
+def test_an_unwritable_folder_is_refused_before_generating(bench, output):
+    publish()
+    result = flux2("run", "a cube", "-o", output)
+    assert result.exit_code == 1 and "folder" in result.stderr and not bench.loads
+
+
+def test_overwriting_in_an_unwritable_folder_is_refused_before_generating(bench, monkeypatch):
+    publish()
+    Path("cube.png").write_bytes(b"mine")
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("flux2_trt.outputs.tempfile.TemporaryFile", refuse)  # root may write anywhere
+    result = flux2("run", "a cube", "-o", "cube.png", "--overwrite")
+    assert result.exit_code == 1 and "Permission denied" in result.stderr and not bench.loads
+
+
+@pytest.mark.parametrize("flags", [(), ("-o", "cube.png"), ("--num-images", "3")])
+def test_ctrl_c_exits_130_and_leaves_nothing(bench, flags):
+    publish()
+    bench.failure, bench.failing_step = KeyboardInterrupt(), 1
+    result = flux2("run", "a cube", *flags)
+    assert (result.exit_code, result.stdout) == (130, "") and bench.calls and not files()
+    assert the_object(flux2("run", "a cube", "--json", *flags)) == {"error": "interrupted", "exit_code": 130}
+
+
+def test_an_unforeseen_failure_keeps_its_traceback_and_leaves_nothing(bench):
+    publish()
+    bench.failure = RuntimeError("out of memory")
+    result = CliRunner().invoke(app, ["run", "a cube", "--json"])
+    assert result.exception is bench.failure and not files()
+    assert the_object(result) == {"error": "RuntimeError: out of memory", "exit_code": 1}
+
+
+def test_match_image_takes_the_size_of_that_reference_as_the_model_sees_it(bench):
+    publish()
+    small, large = reference("small.png", 256, 144), reference("large.png", 1024, 512)
+    images = ["--image", str(small), "--image", str(large)]
+    assert flux2("run", "a cube", *images, "--match-image", "1", "-o", "1.png").exit_code == 0
+    assert flux2("run", "a cube", *images, "--match-image", "2", "-o", "2.png").exit_code == 0
+    assert [(call["width"], call["height"]) for call in bench.calls] == [(256, 144), (352, 176)]
+    result = flux2("run", "a cube", *images, "--match-image", "3")
+    assert result.exit_code == 2 and "2 reference(s)" in result.stderr
+    assert flux2("run", "a cube", *images, "--match-image", "1", "--width", "256").exit_code == 2
+
+
+def test_guidance_of_a_distilled_model_is_refused(bench):
+    publish("klein-4b")
+    result = flux2("run", "a cube", "--model", "klein-4b", "--guidance", "3")
+    assert result.exit_code == 2 and "distilled" in result.stderr and not bench.loads
+
+
+# which bundle
+
+
+def test_with_nothing_built_tiny_is_built_and_used(bench):
+    result = flux2("run", "a cube")
+    assert (result.exit_code, result.stdout) == (0, "flux2-0001.png\n")
+    assert [(build["model"], build["target"]) for build in bench.builds] == [("tiny", "cpu")]
+    assert "building tiny" in result.stderr and "coloured shapes" in result.stderr
+
+
+def test_without_the_packages_to_build_tiny_the_exit_code_is_3(bench, monkeypatch):
+    monkeypatch.setattr("flux2_trt.runner.BUILD_PACKAGES", ("torch", "no_such_package"))
+    result = flux2("run", "a cube")
+    assert result.exit_code == 3 and "no_such_package" in result.stderr and not bench.builds and not files()
+
+
+def test_a_published_model_that_is_not_built_gives_the_build_command(bench):
+    result = flux2("run", "a cube", "--model", "dev")
+    assert result.exit_code == 3 and "flux2-trt build dev --target" in result.stderr
+    assert "coloured shapes" not in result.stderr
+
+
+def test_a_damaged_bundle_of_tiny_is_named_and_not_built_over(bench):
+    plan = publish() / "plans" / "transformer.onnx"
+    plan.chmod(0o644)
+    plan.write_bytes(b"longer than it was")
+    result = flux2("run", "a cube")
+    assert result.exit_code == 3 and "rebuild it" in result.stderr and not bench.builds
+
+
+def test_a_bundle_folder_is_taken_as_it_is(bench, tmp_path):
+    folder = publish("klein-4b")
+    assert flux2("run", "a cube", "--bundle", str(folder)).exit_code == 0 and bench.loads == [folder]
+    result = flux2("run", "a cube", "--bundle", str(tmp_path))
+    assert result.exit_code == 3 and "bundle" in result.stderr
+
+
+# the session
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """The streams of that name are a terminal."""
+    there = {"<stdin>"}
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda self: self.name in there)
+    return there
+
+
+def test_without_prompt_and_terminal_run_is_a_usage_error(bench):
+    for flags in ([], ["--json"]):
+        assert flux2("run", *flags, typed="a cube\n").exit_code == 2 and not bench.loads
+
+
+def test_without_prompt_a_terminal_opens_the_session_and_loads_the_model_once(bench, terminal):
+    publish()
+    result = flux2("run", "--width", "128", typed="a cube\nwidth=100\nrun\nwidth=256 seed=3\nrun\nquit\n")
+    assert (result.exit_code, result.stdout) == (0, "flux2-0001.png\nflux2-0002.png\n")
+    assert [call["width"] for call in bench.calls] == [128, 256] and len(bench.loads) == 1
+    assert "100x256 is not allowed" in result.stderr
+    assert result.stderr.count("built-in model tiny") == 1
+
+
+def test_a_terminal_shows_progress_on_stderr_and_never_with_json_or_quiet(bench, terminal):
+    publish()
+    terminal.add("<stderr>")
+    shown = flux2("run", "a cube")
+    assert "drawing" in shown.stderr and shown.stdout == "flux2-0001.png\n"
+    assert not any("drawing" in flux2("run", "a cube", flag).stderr for flag in ("--json", "--quiet"))
+
+
+# build
+
+
+def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
+    result = flux2(
+        "build", "tiny", "--target", "cpu", "--precision", "fp32", "--components", "transformer,vae_decoder",
+        "--checkpoint", "random:3", "--output", str(tmp_path / "home"),
+    )  # fmt: skip
+    assert result.exit_code == 0 and Path(result.stdout.rstrip("\n")).is_dir() and "tracing" in result.stderr
+    assert bench.builds == [
+        {
+            "model": "tiny",
+            "target": "cpu",
+            "precision": "fp32",
+            "components": ("transformer", "vae_decoder"),
+            "checkpoint": "random:3",
+            "output": tmp_path / "home",
+        }
+    ]
+    assert the_object(flux2("build", "tiny", "--json"))["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (CheckpointError("no weights"), 1),
+        (KeyboardInterrupt(), 130),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1),
+    ],
+)
+def test_a_failed_build_says_why_on_the_right_stream(bench, failure, code):
+    bench.failure = failure
+    result = flux2("build", "tiny")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert the_object(flux2("build", "tiny", "--json"))["exit_code"] == code
+
+
+# bundles, doctor, version
+
+
+def test_bundles_are_listed_verified_and_removed(bench):
+    assert flux2("bundles", "list").stdout == ""
+    folder = publish()
+    assert folder.name in flux2("bundles", "list").stdout
+    [listed] = the_object(flux2("bundles", "list", "--json"))["bundles"]
+    assert listed["path"] == str(folder) and listed["ok"] and listed["model"] == "tiny"
+    assert flux2("bundles", "verify").stdout == f"{folder.name}  ok\n"
+    assert the_object(flux2("bundles", "verify", folder.name, "--json"))["bundles"][0]["ok"]
+    assert flux2("bundles", "remove", folder.name).stdout == f"{folder}\n"
+    assert not folder.exists() and flux2("bundles", "remove", folder.name).exit_code == 3
+    assert flux2("bundles", "remove", "/etc/passwd").exit_code == 2
+
+
+def test_verify_exits_3_and_names_the_damaged_file(bench):
+    sound, folder = publish(), publish("dev")
+    plan = folder / "plans" / "transformer.onnx"
+    plan.chmod(0o644)
+    plan.write_bytes(b"naln")
+    result = flux2("bundles", "verify")
+    assert (
+        result.exit_code == 3 and "transformer.onnx: sha256" in result.stdout and f"{sound.name}  ok" in result.stdout
+    )
+    assert the_object(flux2("bundles", "verify", "--json"))["exit_code"] == 3
+
+
+def test_doctor_says_what_is_there(bench, monkeypatch):
+    publish()
+    monkeypatch.setattr("flux2_trt.doctor.PACKAGES", {"nothing": (("no-such-package",), "pip install nothing")})
+    result = flux2("doctor")
+    assert result.exit_code == 0 and "cpu path      works" in result.stdout
+    assert "not installed: pip install nothing" in result.stdout
+    report = the_object(flux2("doctor", "--json"))
+    assert report["cpu_problem"] is None and report["packages"] == {"nothing": None}
+    assert report["bundles"][0]["model"] == "tiny" and report["store_bytes"] > 0
+    monkeypatch.setattr("flux2_trt.doctor.CPU_PROVIDER", "NoProvider")
+    assert flux2("doctor").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo 'NVIDIA H100, 81559, 550.1, 9.0'", (("NVIDIA H100", 81559 * 2**20, "550.1", "9.0"), "nvidia-smi")),
+        ("echo 'NVIDIA-SMI has failed' >&2; exit 9", (None, "nvidia-smi: NVIDIA-SMI has failed")),
+        ("echo 'no csv'", (None, "nvidia-smi: not enough values")),
+    ],
+)
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for nvidia-smi is a shell script")
+def test_gpus_are_found_with_nvidia_smi_where_there_is_no_nvml(bench, monkeypatch, tmp_path, script, found):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    from flux2_trt.doctor import Gpu, find_gpus
+
+    gpus, source = find_gpus()
+    assert gpus == ((Gpu(*found[0]),) if found[0] else ()) and source.startswith(found[1])
+
+
+def test_no_arguments_is_a_usage_error_with_the_help(bench):
+    result = flux2()
+    assert (result.exit_code, result.stdout) == (2, "") and "Usage" in result.stderr
+
+
+def test_a_reader_that_left_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*COMMAND, "--version"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 1 and not done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="file names are bytes there")
+def test_a_path_that_is_no_unicode_is_printed_as_it_is(bench):
+    publish()
+    Path(os.fsdecode(b"out-\xff")).mkdir()
+    result = flux2("run", "a cube", "-o", os.fsdecode(b"out-\xff"))
+    assert result.stdout_bytes == b"out-\xff/flux2-0001.png\n"
+    assert the_object(flux2("run", "a cube", "--json", "-o", os.fsdecode(b"out-\xff")))["images"]

@@ -1,0 +1,309 @@
+"""The pipeline against diffusers' pipelines, on small random models: the same embeds and noise, the same latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers_models import (
+    QWEN_VOCABULARY,
+    flow_scheduler,
+    relative_error,
+    small_autoencoder,
+    small_language_model,
+    small_tokenizer,
+    small_transformer,
+    traced_once,
+)
+from numpy.typing import NDArray
+from PIL import Image
+
+import engines.build
+from engines.build import BuildRequest, build
+from flux2_trt.errors import Interrupted, UsageError
+from flux2_trt.pipeline import Flux2Pipeline as OurPipeline
+
+Floats = NDArray[np.float32]
+
+# fp32 on both sides; a step's rounding, about 1e-6, is carried on by the steps that follow.
+FINAL_LATENTS = 1e-3
+LAYERS = (1, 2)  # the hidden states of a small text encoder, see `spec_from_diffusers`
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A diffusers pipeline, and ours from the folder that it was saved to."""
+
+    theirs: Any
+    ours: OurPipeline
+    components: tuple[str, ...]
+
+    def expected(self, latents: Floats, height: int, width: int, **arguments: Any) -> Floats:
+        """The final latents of diffusers, in the transformer's normalised space [B, C, h, w]."""
+        arguments = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+        with torch.no_grad():
+            result = self.theirs(
+                latents=torch.from_numpy(latents), height=height, width=width, output_type="latent", **arguments
+            ).images
+        if isinstance(self.theirs, Flux2Pipeline):  # packed, and normalised still
+            return result.permute(0, 2, 1).reshape(latents.shape).numpy()
+        vae = self.theirs.vae
+        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)[:, None, None]
+        raw = Flux2KleinPipeline._patchify_latents(result)
+        return ((raw - vae.bn.running_mean[:, None, None]) / deviation).numpy()
+
+
+def _pair(theirs: Any, folder: Path) -> Pair:
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(folder)
+    report = build(BuildRequest(model=str(folder), output=folder / "store"), lambda message: None)
+    return Pair(theirs, OurPipeline.from_bundle(report.bundle), tuple(part.name for part in report.components))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs_are_shared() -> Iterator[None]:
+    """What the three models have in common is traced once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.build, "trace", traced_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def dev(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    theirs = Flux2Pipeline(
+        flow_scheduler(), small_autoencoder(1), None, None, small_transformer(2, guidance_embeds=True)
+    )
+    return _pair(theirs, tmp_path_factory.mktemp("dev") / "Small-dev")
+
+
+@pytest.fixture(scope="module")
+def klein(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    theirs = Flux2KleinPipeline(
+        flow_scheduler(), small_autoencoder(3), None, None, small_transformer(4), is_distilled=True
+    )
+    return _pair(theirs, tmp_path_factory.mktemp("klein") / "Small-klein")
+
+
+@pytest.fixture(scope="module")
+def base(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Klein base, with a text encoder: classifier-free guidance needs the embeds of the empty prompt."""
+    theirs = Flux2KleinPipeline(
+        flow_scheduler(),
+        small_autoencoder(5),
+        small_language_model("qwen3", 6, vocab_size=QWEN_VOCABULARY),
+        small_tokenizer(),
+        small_transformer(7),
+    )
+    return _pair(theirs, tmp_path_factory.mktemp("base") / "Small-base")
+
+
+@pytest.fixture(params=["dev", "klein", "base"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return request.getfixturevalue(request.param)
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def guidance(pair: Pair) -> dict[str, Any]:
+    """A guidance other than the default, where the model takes one."""
+    return {} if pair.ours.spec.sampling.fixed_guidance else {"guidance_scale": 2.5}
+
+
+def negative(pair: Pair, count: int = 1) -> dict[str, Any]:
+    """What diffusers wants besides for classifier-free guidance: its own embeds of the empty prompt."""
+    if pair.theirs.text_encoder is None:
+        return {}
+    with torch.no_grad():
+        embeds, _ = pair.theirs.encode_prompt([""] * count, text_encoder_out_layers=LAYERS)
+    return {"negative_prompt_embeds": embeds}
+
+
+# --- final latents -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{"num_inference_steps": 1}, {"num_inference_steps": 6}, {"sigmas": [1.0, 0.8, 0.35, 0.1]}],
+    ids=["1 step", "6 steps", "sigmas"],
+)
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (80, 112)])
+def test_text_to_image(pair: Pair, width: int, height: int, schedule: dict[str, Any]) -> None:
+    noise, embeds = normal(1, 16, height // 16, width // 16), normal(1, 512, 24, seed=1)
+    arguments = {"prompt_embeds": embeds, "height": height, "width": width, "latents": noise, **guidance(pair)}
+    ours = pair.ours(output_type="latent", **arguments, **schedule)
+    # diffusers computes the shift from the number of steps, also where it then takes the number from the sigmas
+    schedule = {"num_inference_steps": len(schedule.get("sigmas", ())), **schedule}
+    theirs = pair.expected(**arguments, **schedule, **negative(pair))
+    assert ours.images.dtype == np.float32
+    assert relative_error(ours.images, theirs) < FINAL_LATENTS
+    assert relative_error(theirs, noise) > 0.1  # else agreement would mean nothing
+
+
+@pytest.mark.parametrize("sizes", [[(96, 64)], [(75, 130), (64, 64)]], ids=["one", "two"])
+def test_references(pair: Pair, sizes: list[tuple[int, int]]) -> None:
+    """Sides that are no multiple of 16 are cropped around the centre on both sides."""
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    noise, embeds = normal(1, 16, 5, 7), normal(1, 40, 24, seed=1)
+    arguments = {"prompt_embeds": embeds, "height": 80, "width": 112, "latents": noise, "num_inference_steps": 3}
+    ours = pair.ours(image=images, output_type="latent", **arguments, **guidance(pair)).images
+    theirs = pair.expected(image=list(images), **arguments, **guidance(pair), **negative(pair))
+    assert relative_error(ours, theirs) < FINAL_LATENTS
+    without = pair.ours(output_type="latent", **arguments, **guidance(pair)).images
+    assert relative_error(without, theirs) > 0.01
+
+
+def test_two_prompts_share_references_and_have_noise_of_their_own(pair: Pair) -> None:
+    noise, embeds = normal(2, 16, 4, 5), normal(2, 40, 24, seed=1)
+    arguments = {"prompt_embeds": embeds, "height": 64, "width": 80, "latents": noise, "num_inference_steps": 3}
+    arguments |= guidance(pair)
+    ours = pair.ours(image=picture(64, 96), output_type="latent", **arguments).images
+    theirs = pair.expected(image=[picture(64, 96)], **arguments, **negative(pair, 2))
+    assert relative_error(ours, theirs) < FINAL_LATENTS
+
+
+def test_guidance_of_one_is_no_guidance(base: Pair) -> None:
+    arguments = {"prompt_embeds": normal(1, 9, 24), "latents": normal(1, 16, 4, 4), "height": 64, "width": 64}
+    arguments |= {"guidance_scale": 1.0, "num_inference_steps": 3}
+    ours = base.ours(output_type="latent", **arguments).images
+    assert relative_error(ours, base.expected(**arguments)) < FINAL_LATENTS
+
+
+def test_size_of_the_first_reference_is_the_default(klein: Pair) -> None:
+    image, embeds = picture(75, 130), normal(1, 9, 24)
+    ours = klein.ours(image=image, prompt_embeds=embeds, latents=normal(1, 16, 8, 4), output_type="latent")
+    assert (ours.width, ours.height, ours.num_inference_steps) == (64, 128, 4)
+
+
+def test_pictures(pair: Pair) -> None:
+    """From noise to 8-bit pixels, decoder included."""
+    noise, embeds = normal(1, 16, 5, 4), normal(1, 40, 24, seed=1)
+    arguments = {"prompt_embeds": embeds, "height": 80, "width": 64, "num_inference_steps": 2, **guidance(pair)}
+    [ours] = pair.ours(latents=noise, **arguments).images
+    arguments["prompt_embeds"] = torch.from_numpy(embeds)
+    [theirs] = pair.theirs(latents=torch.from_numpy(noise), **arguments, **negative(pair)).images
+    assert ours.size == theirs.size == (64, 80)
+    difference = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
+    # Latents that differ by 1e-6 can fall to either side of a rounding, no further.
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-2
+    scaled = pair.ours(latents=noise, output_type="np", **{**arguments, "prompt_embeds": embeds}).images
+    np.testing.assert_array_equal((scaled * 255).round().astype(np.uint8)[0], np.asarray(ours))
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_equal_encode_prompt(base: Pair) -> None:
+    """Padded positions too: the transformer reads all 512."""
+    prompts = ["a red circle on a blue square", "x", "", "many words " * 100]
+    with torch.no_grad():
+        expected, _ = base.theirs.encode_prompt(prompts, text_encoder_out_layers=LAYERS)
+    embeds, truncated = base.ours._embeds(prompts, None)
+    # hidden states after two layers in fp32, whose residuals add up rounding
+    assert relative_error(embeds, expected) < 1e-4
+    assert truncated == (False, False, False, True)
+
+
+def test_from_prompts_to_latents(base: Pair) -> None:
+    prompts, noise = ["a red circle", "a cat, asleep"], normal(2, 16, 4, 5)
+    arguments = {"height": 64, "width": 80, "num_inference_steps": 3, "guidance_scale": 3.0, "latents": noise}
+    ours = base.ours(prompts, output_type="latent", **arguments)
+    theirs = base.expected(prompt=prompts, text_encoder_out_layers=LAYERS, **arguments)
+    assert relative_error(ours.images, theirs) < FINAL_LATENTS
+    assert ours.truncated == (False, False)
+
+
+def test_without_a_text_encoder_embeds_are_wanted(dev: Pair) -> None:
+    assert dev.components == ("conditioning", "transformer", "vae_encoder", "vae_decoder")
+    with pytest.raises(UsageError, match="no text encoder; give prompt_embeds"):
+        dev.ours("a red circle")
+
+
+def test_a_distilled_model_takes_no_guidance(klein: Pair) -> None:
+    with pytest.raises(UsageError, match="distilled to guidance 1.0"):
+        klein.ours(prompt_embeds=normal(1, 9, 24), guidance_scale=4.0)
+
+
+# --- seeds, batches, callbacks -----------------------------------------------------------------------------------
+
+
+def latents_of(pipeline: OurPipeline, **arguments: Any) -> Floats:
+    defaults = {"height": 64, "width": 80, "num_inference_steps": 2, "output_type": "latent"}
+    return pipeline(**(defaults | arguments)).images
+
+
+def test_a_seed_gives_the_same_latents_alone_and_in_a_batch(base: Pair) -> None:
+    prompts = ["one", "another", "a third"]
+    batch = base.ours(prompts, height=64, width=80, num_inference_steps=2, seed=7, output_type="latent")
+    assert batch.seed == 7 and batch.seeds == [7, 8, 9]
+    for index, prompt in enumerate(prompts):
+        alone = latents_of(base.ours, prompt=prompt, seed=batch.seeds[index])
+        np.testing.assert_array_equal(alone[0], batch.images[index])
+
+
+def test_images_per_prompt(base: Pair) -> None:
+    both = latents_of(base.ours, prompt=["one", "another"], num_images_per_prompt=2, seed=3)
+    assert both.shape == (4, 16, 4, 5)
+    for index, (prompt, seed) in enumerate([("one", 3), ("one", 4), ("another", 5), ("another", 6)]):
+        np.testing.assert_array_equal(latents_of(base.ours, prompt=prompt, seed=seed)[0], both[index])
+
+
+def test_references_per_prompt(base: Pair) -> None:
+    first, second = picture(64, 64, 1), picture(96, 64, 2)
+    groups: list[list[Any]] = [[first], [], [second, first]]
+    batch = latents_of(base.ours, prompt=["a", "b", "c"], image=groups, seed=1)
+    for index, (prompt, group) in enumerate(zip("abc", groups, strict=True)):
+        alone = latents_of(base.ours, prompt=prompt, image=group or None, seed=1 + index)
+        np.testing.assert_array_equal(alone[0], batch[index])
+    with pytest.raises(UsageError, match="one per prompt"):
+        latents_of(base.ours, prompt=["a", "b"], image=groups)
+
+
+def test_callback_sees_and_replaces_latents(pair: Pair) -> None:
+    """Ours and diffusers' have the same schedule of calls: after a step, with the latents that it made."""
+    noise, embeds, other = normal(1, 16, 4, 4), normal(1, 9, 24, seed=1), normal(1, 16, 4, 4, seed=5)
+    arguments = {"prompt_embeds": embeds, "height": 64, "width": 64, "num_inference_steps": 3, "latents": noise}
+    arguments |= guidance(pair)
+    ours: list[tuple[int, float]] = []
+    theirs: list[tuple[int, float]] = []
+
+    def our_callback(pipeline: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any] | None:
+        assert pipeline is pair.ours and tensors["latents"].shape == (1, 16, 4, 4)
+        ours.append((step, timestep))
+        return {"latents": other} if step == 1 else None
+
+    def their_callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        theirs.append((step, float(timestep) / 1000))
+        return {"latents": pipeline._pack_latents(torch.from_numpy(other))} if step == 1 else {}
+
+    result = pair.ours(output_type="latent", callback_on_step_end=our_callback, **arguments).images
+    expected = pair.expected(callback_on_step_end=their_callback, **arguments, **negative(pair))
+    assert relative_error(result, expected) < FINAL_LATENTS
+    assert [step for step, _ in ours] == [0, 1, 2]
+    np.testing.assert_allclose([t for _, t in ours], [t for _, t in theirs], rtol=1e-6)  # fp32 times 1000
+    assert relative_error(pair.ours(output_type="latent", **arguments).images, expected) > 0.01
+
+
+def test_interrupt_stops_between_two_steps(klein: Pair) -> None:
+    steps: list[int] = []
+
+    def stop(pipeline: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+        steps.append(step)
+        if step == 1:
+            pipeline.interrupt()
+
+    with pytest.raises(Interrupted, match="2 of 5 steps"):
+        latents_of(klein.ours, prompt_embeds=normal(1, 9, 24), num_inference_steps=5, callback_on_step_end=stop)
+    assert steps == [0, 1]
+    assert latents_of(klein.ours, prompt_embeds=normal(1, 9, 24), seed=0).shape == (1, 16, 4, 5)
