@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,30 +34,36 @@ PACKAGES = ("flux2-trt", "torch", "diffusers", "onnxruntime", "numpy")
 RESULTS = Path(__file__).parent / "results"
 
 
+METER = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+seconds = time.perf_counter() - started
+print(json.dumps([code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))
+"""  # a small process of its own: a child counts the memory of the process that it was forked from
+
+
 def measure_command(arguments: list[str], environment: dict[str, str], repeats: int) -> dict[str, Any]:
     """Wall seconds (all, median) and peak resident bytes of a command as a process of its own."""
-    seconds = []
-    peak = 0
+    seconds, peaks = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-        _, errors = process.communicate()
-        seconds.append(time.perf_counter() - started)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(arguments)} failed: {errors.decode()}")
-        peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+        meter = [sys.executable, "-c", METER, *arguments]
+        result = subprocess.run(meter, env=environment, capture_output=True, text=True)
+        code, wall, peak = json.loads(result.stdout)
+        if code:
+            raise RuntimeError(f"{' '.join(arguments)} failed: {result.stderr}")
+        seconds.append(wall)
+        peaks.append(peak)
     return {
-        "command": " ".join(arguments),
+        "command": " ".join(arguments[1:]),
         "seconds": [round(value, 3) for value in seconds],
         "median_seconds": round(statistics.median(seconds), 3),
-        "peak_rss_bytes_so_far": peak,
+        "peak_rss_bytes": max(peaks),
     }
 
 
 def measure_commands(home: Path, repeats: int) -> list[dict[str, Any]]:
-    """The README's commands in a fresh store; peaks grow monotonically, so the light commands come first."""
+    """The README's commands in a fresh store."""
     environment = {**os.environ, "FLUX2_TRT_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     program = [sys.executable, "-m", "flux2_trt.cli"]
     rows = [measure_command([*program, "--help"], environment, repeats)]

@@ -1,8 +1,9 @@
 """Components to ONNX graphs, traced without any weight in memory.
 
-A traced graph takes every parameter as an input: a plan is code, weights are data. Linear weights are [K, N], so that
-no transpose is left in front of a MatMul. `export.weights` fills the inputs; `place_external` turns them back into
-constants that live in a weight file, for compilers that want them.
+A traced graph takes every parameter as an input: a plan is code, weights are data. The weights of a MatMul are [K, N],
+so that no transpose is left in front of it; those of a Gemm, which transposes itself, stay [N, K]. `export.weights`
+fills the inputs; `place_external` turns them back into constants that live in a weight file, for compilers that want
+them.
 """
 
 from __future__ import annotations

@@ -127,9 +127,10 @@ def _tiny() -> ModelSpec:
     return ModelSpec(
         name="tiny",
         transformer=TransformerSpec(
-            num_heads=8,
-            head_dim=32,
-            axes_dim=(4, 12, 12, 4),
+            num_heads=4,
+            head_dim=64,
+            axes_dim=(8, 24, 24, 8),
+            theta=100.0,  # its pictures have up to 32 tokens a side, not hundreds
             num_double_blocks=2,
             num_single_blocks=4,
             context_dim=text_encoder.context_dim,
@@ -271,6 +272,11 @@ def _text_encoder_spec(config: Mapping[str, Any], context_dim: int) -> TextEncod
     count = context_dim // hidden_size
     published = {"mistral": (10, 20, 30), "qwen3": (9, 18, 27)}[kind]
     hidden_states = published if count == 3 and num_layers > max(published) else tuple(range(1, count + 1))
+    if num_layers <= max(hidden_states):  # transformers norms the last hidden state, FLUX.2's are all from before
+        raise CheckpointError(
+            f"the text encoder has {num_layers} layers; prompt embeds of width {context_dim} need more than "
+            f"{max(hidden_states)} of width {hidden_size}"
+        )
     rope = text.get("rope_parameters") or text
     return TextEncoderSpec(
         vocab_size=text["vocab_size"],

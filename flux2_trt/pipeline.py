@@ -156,6 +156,11 @@ class Flux2Pipeline:
                     embeds, truncated = np.asarray(prompt_embeds, dtype=np.float32), (False,) * count
                 else:
                     embeds, truncated = self.encode_prompt(prompts)
+                if unconditional is not None and embeds.shape[1] != len(unconditional):
+                    raise UsageError(
+                        f"prompt_embeds have {embeds.shape[1]} tokens; with classifier-free guidance give "
+                        f"{len(unconditional)}, as many as the empty prompt has, or use guidance_scale 1"
+                    )
             with clock.stage("vae_encoder"):
                 encoded = self._encode_references(references)
             pictures = [

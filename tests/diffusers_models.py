@@ -1,4 +1,4 @@
-"""Small random models of diffusers and transformers, and pipelines of them in a folder: what we are compared against."""
+"""Small random models of diffusers and transformers, and what the tests that use them share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def randomised(model: Model, seed: int) -> Model:
 
 
 def small_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
-    sizes = {
+    sizes: dict[str, Any] = {
         "in_channels": 16,
         "num_layers": 1,
         "num_single_layers": 1,
@@ -69,7 +69,7 @@ def small_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
 
 def small_autoencoder(seed: int = 0, **config: Any) -> AutoencoderKLFlux2:
     """Four levels, so that a token is 16 x 16 pixels, as in the published one."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "block_out_channels": (8, 8, 16, 16),
         "decoder_block_out_channels": (4, 8, 8, 16),
         "layers_per_block": 1,
@@ -81,7 +81,7 @@ def small_autoencoder(seed: int = 0, **config: Any) -> AutoencoderKLFlux2:
 
 def small_language_model(kind: str, seed: int = 0, **config: Any) -> Qwen3ForCausalLM | MistralForCausalLM:
     """`kind`: "qwen3" or "mistral". One layer more than two hidden states need: the last one passes the final norm."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": 12,
         "intermediate_size": 20,

@@ -197,7 +197,7 @@ def test_forged_manifest_is_refused(folder, change, problem):
 
 def test_manifest_edited_by_hand_is_refused(folder):
     file = folder / "bundle.json"
-    file.write_text(file.read_text().replace('"theta": 2000.0', '"theta": 3000.0'))
+    file.write_text(file.read_text().replace('"theta": 100.0', '"theta": 3000.0'))
     assert "changed after the build" in refusal(folder)
 
 

@@ -21,6 +21,8 @@ from flux2_trt.latents import position_ids, rotary_tables
 from flux2_trt.spec import ModelSpec
 from flux2_trt.text import PromptTokenizer
 
+QUERY_KEY_SCALE = 2.0
+
 
 class FlowModel(nn.Module):
     """The three trained components."""
@@ -35,9 +37,14 @@ class FlowModel(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Small normal weights; modulations and the last projection are zero, so every block starts as identity."""
+        """Small normal weights; modulations and the last projection are zero, so every block starts as identity.
+
+        Scales of queries and keys start at two: attention that is sharp early learns sooner to copy from a reference.
+        """
         for name, parameter in self.named_parameters():
-            if "modulation" in name.lower() or name.endswith("final_layer.linear.weight"):
+            if "transformer" in name and name.endswith(("query_norm.scale", "key_norm.scale")):
+                nn.init.constant_(parameter, QUERY_KEY_SCALE)
+            elif "modulation" in name.lower() or name.endswith("final_layer.linear.weight"):
                 nn.init.zeros_(parameter)
             elif name.endswith("embed_tokens.weight"):
                 nn.init.normal_(parameter, std=1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +66,7 @@ def main(
     assets: Annotated[Path, typer.Option(help="Where the finished model goes.")] = ASSETS,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's default.")] = 0,
     device: Annotated[str, typer.Option(help="Where the flow model trains: cpu or cuda.")] = "cpu",
+    count: Annotated[int, typer.Option(help="Held-out samples of every kind to score; 0 for none.")] = 100,
     stop: Annotated[int, typer.Option(help="Write the model as it is after so many steps; 0 trains to the end.")] = 0,
 ) -> None:
     """Train the built-in model, score it on held-out prompts and write it."""
@@ -102,14 +103,16 @@ def main(
     _write_half_precision(
         {**model.conditioning.state_dict(), **model.transformer.state_dict()}, assets / "transformer.safetensors"
     )
-    generate = torch_generator(model, encoder, decoder, tokenizer, config.evaluation)
-    scores = held_out_scores(generate, config.evaluation)
+    evaluation = replace(config.evaluation, count=count)
+    generate = torch_generator(model, encoder, decoder, tokenizer, evaluation)
+    scores = held_out_scores(generate, evaluation)
     _log(json.dumps(scores, indent=2))
     record = {
         "config": asdict(config),
         "flow_steps": trainer.step,
         "flow_steps_planned": trainer.total_steps,
         "flow_seconds": round(trainer.seconds),
+        "samples_of_every_kind": count,
         "scores": scores,
     }
     (assets / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,9 @@ from diffusers_models import (
 
 from export.modules import build_module
 from export.modules.autoencoder import VaeDecoder, VaeEncoder
+from export.modules.conditioning import Conditioning
 from export.modules.text_encoder import TextEncoder
+from export.modules.transformer import Transformer
 from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.errors import UsageError
 from flux2_trt.latents import position_ids, rotary_tables
@@ -62,8 +64,8 @@ def saved(folder: Path, transformer: Any = None, vae: Any = None, text_encoder: 
 def test_velocity_and_step_of_the_transformer(tmp_path: Path, sizes: dict[str, Any], guidance_embeds: bool) -> None:
     theirs = small_transformer(guidance_embeds=guidance_embeds, **sizes)
     spec = saved(tmp_path, transformer=theirs).transformer
-    conditioning = load(build_module("conditioning", spec_from_diffusers(tmp_path)), tmp_path, "transformer")
-    transformer = load(build_module("transformer", spec_from_diffusers(tmp_path)), tmp_path, "transformer")
+    conditioning = load(Conditioning(spec), tmp_path, "transformer")
+    transformer = load(Transformer(spec), tmp_path, "transformer")
     generator = torch.Generator().manual_seed(1)
     grid, references = (5, 3), [(2, 4), (3, 3)]
     ids = position_ids(7, *grid, references)
@@ -99,7 +101,7 @@ def test_guidance_mix_is_classifier_free_guidance(tmp_path: Path) -> None:
     theirs = small_transformer()
     spec = saved(tmp_path, transformer=theirs)
     conditioning = load(build_module("conditioning", spec), tmp_path, "transformer")
-    transformer = load(build_module("transformer", spec), tmp_path, "transformer")
+    transformer = load(Transformer(spec.transformer), tmp_path, "transformer")
     generator = torch.Generator().manual_seed(2)
     ids = position_ids(5, 2, 3)
     latents = torch.randn(1, 6, spec.transformer.in_channels, generator=generator)
