@@ -74,9 +74,9 @@ def split_heads(qkv: Tensor, norm: QKNorm, num_heads: int) -> tuple[Tensor, Tens
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of interleaved pairs in fp32. x [B, H, L, D]; cos, sin [L, D/2]."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).chunk(2, dim=-1)  # indexing would become slow Gathers on a CPU
+    cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
+    return torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
