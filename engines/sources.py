@@ -11,7 +11,7 @@ from export.weights import RandomSource, TensorSource
 from flux2_trt import models
 from flux2_trt.bundle import file_sha256
 from flux2_trt.checkpoint import Checkpoint
-from flux2_trt.download import locate, locate_tokenizer
+from flux2_trt.download import TOKENIZER, locate, locate_tokenizer
 from flux2_trt.errors import CheckpointError, UsageError
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.manifest import SYNTHETIC
@@ -19,7 +19,6 @@ from flux2_trt.naming import FAMILIES, Family
 from flux2_trt.shards import open_tensor_files
 from flux2_trt.spec import ModelSpec
 
-TOKENIZER = "tokenizer.json"
 TINY = Path(models.__file__).parent / "assets" / "tiny"
 
 

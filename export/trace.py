@@ -211,15 +211,12 @@ def _fold_weight_transposes(model: ir.Model, names: set[str]) -> set[str]:
 
 def _name_dimensions(model: ir.Model, example: _Example) -> None:
     """Give the dynamic sides of inputs and outputs their names, in place of the tracer's symbols."""
-    symbols: dict[str, str] = {}
     inputs = {value.name: value for value in model.graph.inputs}
     for name, dims in zip(example.names, example.dimensions, strict=True):
         value = inputs[name]
         assert value.shape is not None
         for axis, dim in dims.items():
-            symbol = value.shape[axis]
-            if isinstance(symbol, ir.SymbolicDim):
-                symbols.setdefault(str(symbol), dim)
+            if isinstance(value.shape[axis], ir.SymbolicDim):
                 value.shape[axis] = ir.SymbolicDim(dim)
     for value, dims in zip(model.graph.outputs, example.outputs.values(), strict=True):
         assert value.shape is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -86,17 +86,17 @@ def place_external(graph: Graph, spans: Mapping[str, tuple[int, int]], file_name
 
 def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, tuple[int, int]], bytes]:
     """Where each tensor lies in the file, and the file's JSON header."""
-    entries, position = {}, 0
+    entries, places, position = {}, {}, 0
     for name, slot in weights.items():
         dtype, item_bytes = SAFETENSORS_DTYPES[slot.dtype]
         length = math.prod(slot.shape) * item_bytes
         entries[name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [position, position + length]}
+        places[name] = (position, length)
         position += length
     header = json.dumps(entries, separators=(",", ":")).encode()
     header = header.ljust(-(-(len(header) + 8) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8)
     start = len(header) + 8
-    offsets: Iterator[tuple[str, list[int]]] = ((name, entry["data_offsets"]) for name, entry in entries.items())  # type: ignore[misc]
-    return {name: (start + first, last - first) for name, (first, last) in offsets}, header
+    return {name: (start + first, length) for name, (first, length) in places.items()}, header
 
 
 def _arranged(name: str, slot: WeightSlot, tensor: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -89,7 +89,7 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from flux2_trt.runner import own_version
+        from flux2_trt.version import own_version
 
         print(f"flux2-trt {own_version()}", flush=True)
         raise typer.Exit()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from flux2_trt.errors import BundleError
-from flux2_trt.listing import BundleSummary
-from flux2_trt.runner import own_version
+from flux2_trt.listing import BundleSummary, folder_bytes
 from flux2_trt.store import Store
+from flux2_trt.version import own_version
 
 # What to type for a package that is not there; the distributions that carry it, by the part of the work they serve.
 PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -111,7 +111,7 @@ def examine(store: Store | None = None) -> Examination:
         gpus=gpus,
         gpu_source=gpu_source,
         store=store.root,
-        store_bytes=_tree_bytes(store.root),
+        store_bytes=folder_bytes(store.root),
         free_bytes=shutil.disk_usage(_nearest_folder(store.root)).free,
         bundles=bundles,
         store_problem=store_problem,
@@ -203,14 +203,6 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not a POSIX system
         return None
-
-
-def _tree_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # it may go while we look
-            total += path.lstat().st_size
-    return total
 
 
 def _nearest_folder(path: Path) -> Path:

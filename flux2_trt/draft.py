@@ -17,6 +17,7 @@ from flux2_trt.bundle import Bundle, file_record
 from flux2_trt.errors import BundleError
 from flux2_trt.manifest import MANIFEST_FILE, ComponentRecord, FileRecord, Manifest, bundle_name, file_name_part
 from flux2_trt.spec import ModelSpec
+from flux2_trt.version import own_version
 
 OWNER_FILE = "owner.json"
 FOLDER_MODE = 0o775  # never writable by everybody, whatever the umask
@@ -79,7 +80,7 @@ class Draft:
             components=tuple(components),
             assets=tuple(assets),
             created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-            flux2_trt_version=_version(),
+            flux2_trt_version=own_version(),
         )
 
     def begin(self) -> None:
@@ -185,12 +186,3 @@ def _close_to_others(path: Path) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & stat.S_IWOTH:
         path.chmod(mode & ~stat.S_IWOTH)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # slow to import, and only needed here
-
-    try:
-        return version("flux2-trt")
-    except PackageNotFoundError:
-        return "uninstalled"

@@ -48,7 +48,7 @@ class BundleSummary:
         except BundleError as error:
             problem = str(error)
         if manifest is None:
-            return BundleSummary(path, *identity_from_name(path.name), _folder_bytes(path), "", problem)
+            return BundleSummary(path, *identity_from_name(path.name), folder_bytes(path), "", problem)
         name, recipe, target, key = manifest.model.name, manifest.recipe, manifest.target, manifest.key
         return BundleSummary(path, name, recipe, target, key, manifest.total_bytes, manifest.created, problem)
 
@@ -60,7 +60,8 @@ def is_bundle(path: Path) -> bool:
     return named and own and ((path / MANIFEST_FILE).is_file() or (path / "plans").is_dir())
 
 
-def _folder_bytes(path: Path) -> int:
+def folder_bytes(path: Path) -> int:
+    """The sizes of all files below `path`, added up."""
     total = 0
     for file in path.rglob("*"):
         with suppress(OSError):  # it may go while we look

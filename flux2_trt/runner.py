@@ -13,6 +13,7 @@ from flux2_trt.errors import BundleError, Flux2Error, UsageError
 from flux2_trt.options import DEFAULT_MODEL, RunOptions
 from flux2_trt.outputs import reserved_names
 from flux2_trt.spec import ModelSpec
+from flux2_trt.version import own_version
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -223,15 +224,6 @@ def build_bundle(console: Console, **request: Any) -> dict[str, Any]:
         raise Flux2Error(
             f"building needs the package {error.name!r}, which is not installed; pip install torch onnx onnxscript"
         ) from error
-
-
-def own_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("flux2-trt")
-    except PackageNotFoundError:
-        return "0+uninstalled"
 
 
 def _load_references(options: RunOptions) -> tuple[list[Image.Image], list[str]]:
