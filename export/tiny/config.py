@@ -51,11 +51,11 @@ class FlowConfig:
     """Flow matching of text encoder, conditioning and transformer together, from nothing."""
 
     phases: tuple[FlowPhase, ...] = (
-        FlowPhase(steps=4000, sizes=((128, 128),), batch={"text": 24, "edit": 12, "combine": 5}),
+        FlowPhase(steps=1300, sizes=((128, 128),), batch={"text": 16, "edit": 8, "combine": 4}),
         FlowPhase(
-            steps=1000,
+            steps=250,
             sizes=((256, 256), (256, 256), (256, 256), (128, 128), (192, 320), (320, 192)),
-            batch={"text": 10, "edit": 5, "combine": 2},
+            batch={"text": 8, "edit": 4, "combine": 2},
         ),
     )
     muon_learning_rate: float = 0.02
@@ -67,11 +67,13 @@ class FlowConfig:
     """Timesteps are uniform numbers shifted towards noise: t = s*u / (1 + (s - 1)*u)."""
     drawn_weight: float = 4.0
     """Weight in the loss of tokens that are more than background, in the target or a reference."""
+    layout_weight: float = 0.2
+    """Weight in the loss of the head that reads shapes and colours from the middle of the transformer."""
     prompt_dropout: float = 0.06
-    ema_decay: float = 0.995
+    ema_decay: float = 0.99
     pool_size: int = 6144
     """Encoded samples kept per kind and size; a share is replaced in every step."""
-    fresh_share: float = 0.5
+    fresh_share: float = 0.3
     """Share of a batch that is newly drawn; the rest comes from the pool with new noise."""
 
 

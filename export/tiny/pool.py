@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from export.modules.autoencoder import VaeEncoder
 from export.tiny.dataset import Kind, Sample, sample
-from export.tiny.scenes import COLORS, render
+from export.tiny.scenes import COLORS, SHAPES, Scene, render
 from flux2_trt.text import PromptTokenizer
+
+TOKEN_SHAPES = ("background", *SHAPES)
+TOKEN_COLORS = tuple(COLORS)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Batch:
     """Latent tokens of targets [B, N, C] and references [B, R*N, C] fp32, token ids and mask [B, T] int64.
 
     `drawn` [B, N] bool: tokens where the target or a reference shows something other than its background.
+    `shape`, `color` [B, N] int64: what the target shows at a token, as indices into `TOKEN_SHAPES` and `TOKEN_COLORS`.
     """
 
     target: Tensor
@@ -27,6 +31,8 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     drawn: Tensor
+    shape: Tensor
+    color: Tensor
 
     def select(self, indices: Tensor) -> Batch:
         return Batch(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
@@ -44,15 +50,35 @@ def encode_samples(
     tokens = latents.unflatten(0, (len(samples), -1))
     backgrounds = torch.tensor([COLORS[scene.background] for scene in scenes])[:, None, None, :]
     differs = (pixels != backgrounds).any(dim=-1).float()
-    drawn = F.max_pool2d(differs, encoder.spec.pixels_per_token).flatten(1).unflatten(0, (len(samples), -1))
+    shown = F.max_pool2d(differs, encoder.spec.pixels_per_token).bool()
+    drawn = shown.flatten(1).unflatten(0, (len(samples), -1))
+    shape, color = token_labels([each.target for each in samples], shown.unflatten(0, (len(samples), -1))[:, 0])
     prompts = tokenizer([each.prompt for each in samples])
     return Batch(
         target=tokens[:, 0],
         references=tokens[:, 1:].flatten(1, 2),
         input_ids=torch.from_numpy(prompts.input_ids).to(device),
         attention_mask=torch.from_numpy(prompts.attention_mask).to(device),
-        drawn=drawn.amax(dim=1).bool().to(device),
+        drawn=drawn.any(dim=1).to(device),
+        shape=shape.to(device),
+        color=color.to(device),
     )
+
+
+def token_labels(scenes: list[Scene], shown: Tensor) -> tuple[Tensor, Tensor]:
+    """`Batch.shape` and `Batch.color` of scenes that show their things at `shown` [B, h, w]: the nearest thing's."""
+    batch, height, width = shown.shape
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    shape = torch.zeros(batch, height, width, dtype=torch.long)
+    color = torch.zeros_like(shape)
+    for index, scene in enumerate(scenes):
+        distances = [torch.hypot((x - thing.center_x) * width, (y - thing.center_y) * height) for thing in scene.things]
+        nearest = torch.stack(distances).argmin(dim=0)
+        shapes = torch.tensor([TOKEN_SHAPES.index(thing.shape) for thing in scene.things])
+        colors = torch.tensor([TOKEN_COLORS.index(thing.color) for thing in scene.things])
+        shape[index] = torch.where(shown[index], shapes[nearest], 0)
+        color[index] = torch.where(shown[index], colors[nearest], TOKEN_COLORS.index(scene.background))
+    return shape.flatten(1), color.flatten(1)
 
 
 class Pool:
