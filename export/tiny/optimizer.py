@@ -1,7 +1,7 @@
 """Muon for matrices and convolution kernels, AdamW for the rest.
 
-Muon: https://kellerjordan.github.io/posts/muon. `torch.optim.Muon` always iterates in bfloat16, 30 times slower on a CPU
-without such instructions.
+Muon: https://kellerjordan.github.io/posts/muon. `torch.optim.Muon` always iterates in bfloat16, which is 30 times
+slower on a CPU without such instructions.
 """
 
 from __future__ import annotations
