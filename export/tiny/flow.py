@@ -29,7 +29,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are faster than in fp32 on `device`."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that we take
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that we take
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
