@@ -23,7 +23,7 @@ from export.tiny.scenes import render
 from flux2_trt.pipeline import Flux2Pipeline
 
 RESULTS = Path(__file__).parent / "results"
-SIDE, CAPTION, GAP = 192, 40, 12
+SIDE, CAPTION, GAP = 192, 56, 12
 
 TEXT = (
     "a large red circle on a blue background",

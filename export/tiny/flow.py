@@ -182,6 +182,13 @@ class FlowTrainer:
         cos, sin = rotary_tables(ids, transformer.axes_dim, transformer.theta)
         return torch.from_numpy(cos).to(self.device), torch.from_numpy(sin).to(self.device)
 
+    def start_from(self, text_encoder: dict[str, Tensor], transformer: dict[str, Tensor]) -> None:
+        """Take the weights of an earlier training; `transformer` holds those of the conditioning too."""
+        self.model.text_encoder.load_state_dict(text_encoder)
+        for part in (self.model.conditioning, self.model.transformer):
+            part.load_state_dict({name: transformer[name] for name in part.state_dict()})
+        self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
+
     def averaged_model(self) -> FlowModel:
         model = FlowModel(self.spec)
         model.load_state_dict(self.average)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import typer
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from export.modules.autoencoder import VaeDecoder, VaeEncoder
 from export.tiny.autoencoder import train_autoencoder
@@ -41,10 +42,16 @@ def _save_state(state: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _autoencoder(config: TrainConfig, path: Path) -> tuple[VaeEncoder, VaeDecoder]:
+def _autoencoder(config: TrainConfig, path: Path, start: Path | None) -> tuple[VaeEncoder, VaeDecoder]:
     spec = published_spec("tiny").autoencoder
     if not path.exists():
-        encoder, decoder = train_autoencoder(spec, config.autoencoder, config.seed, _log)
+        if start:
+            encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
+            tensors = _read_half_precision(start / "autoencoder.safetensors")
+            for half in (encoder, decoder):
+                half.load_state_dict({name: tensors[name] for name in half.state_dict()})
+        else:
+            encoder, decoder = train_autoencoder(spec, config.autoencoder, config.seed, _log)
         _save_state({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, path)
     state = torch.load(path, weights_only=True)
     encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
@@ -61,10 +68,17 @@ def _write_half_precision(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(values, path)
 
 
+def _read_half_precision(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Folder for the state of the training.")] = Path("local/tiny"),
     assets: Annotated[Path, typer.Option(help="Where the finished model goes.")] = ASSETS,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's default.")] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a finished model to train further; its autoencoder stays.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the flow model trains: cpu or cuda.")] = "cpu",
     count: Annotated[int, typer.Option(help="Held-out samples of every kind to score; 0 for none.")] = 100,
     stop: Annotated[int, typer.Option(help="Write the model as it is after so many steps; 0 trains to the end.")] = 0,
@@ -79,13 +93,17 @@ def main(
     assets.mkdir(parents=True, exist_ok=True)
     save(build_tokenizer(vocabulary()), assets / "tokenizer.json")
     tokenizer = PromptTokenizer.from_file(assets / "tokenizer.json", spec.prompt)
-    encoder, decoder = _autoencoder(config, work / "autoencoder.pt")
+    encoder, decoder = _autoencoder(config, work / "autoencoder.pt", start)
 
     trainer = FlowTrainer(spec, config.flow, config.seed, encoder.to(device), tokenizer)
     state_file = work / "flow.pt"
     if state_file.exists():
         trainer.load_state(torch.load(state_file, weights_only=True, map_location=device))
         _log(f"resuming at step {trainer.step}")
+    elif start:
+        weights = _read_half_precision(start / "transformer.safetensors")
+        trainer.start_from(_read_half_precision(start / "text_encoder.safetensors"), weights)
+    earlier = json.loads((start / "training.json").read_text(encoding="utf-8")) if start else None
     saved = time.monotonic()
 
     def save_sometimes(current: FlowTrainer) -> None:
@@ -114,6 +132,7 @@ def main(
         "flow_seconds": round(trainer.seconds),
         "samples_of_every_kind": count,
         "scores": scores,
+        "started_from": earlier,
     }
     (assets / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

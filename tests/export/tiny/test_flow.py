@@ -68,22 +68,48 @@ def test_the_loss_of_a_new_model_is_the_weighted_power_of_noise_minus_picture(to
     assert surprise.item() > 2.0
 
 
-def test_training_fits_and_resumes(tokenizer, encoder):
-    spec = replace(
-        TINY,
-        transformer=replace(TINY.transformer, num_heads=2, head_dim=16, axes_dim=(4, 4, 4, 4)),
-    )
-    phase = FlowPhase(steps=24, sizes=(SIZE,), batch={"text": 4, "combine": 1})
-    config = FlowConfig(phases=(phase,), pool_size=4, warmup_steps=2, fresh_share=0.0)
-    trainer = FlowTrainer(spec, config, 0, encoder, tokenizer)
-    losses = [trainer.train_step(phase.sizes, dict(phase.batch))["text layout"] for _ in range(16)]
-    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+def small_trainer(tokenizer, encoder, config):
+    transformer = replace(TINY.transformer, num_heads=2, head_dim=16, axes_dim=(4, 4, 4, 4))
+    return FlowTrainer(replace(TINY, transformer=transformer), config, 0, encoder, tokenizer)
 
-    resumed = FlowTrainer(spec, config, 0, encoder, tokenizer)
+
+def test_a_few_samples_can_be_learned_by_heart(tokenizer, encoder):
+    config = FlowConfig()
+    trainer = small_trainer(tokenizer, encoder, config)
+    rng = np.random.default_rng(3)
+    batch = encode_samples([sample(rng, kind="text") for _ in range(4)], SIZE, encoder, tokenizer)
+    tables = trainer._tables(batch, SIZE)
+    errors, surprises = [], []
+    for _ in range(80):
+        error, surprise = trainer.model.loss(batch, tables, config)
+        (error + surprise).backward()
+        trainer.optimizer.step(1.0)
+        errors.append(error.item())
+        surprises.append(surprise.item())
+    assert np.mean(errors[-10:]) < 0.8 * np.mean(errors[:5])
+    assert np.mean(surprises[-10:]) < 0.5 * np.mean(surprises[:5])
+
+
+def test_training_resumes_from_its_state_and_starts_from_an_earlier_model(tokenizer, encoder):
+    phase = FlowPhase(steps=6, sizes=(SIZE,), batch={"text": 2, "combine": 1})
+    config = FlowConfig(phases=(phase,), pool_size=4)
+    trainer = small_trainer(tokenizer, encoder, config)
+    trainer.run(lambda message: None, lambda current: None, last=2)
+
+    resumed = small_trainer(tokenizer, encoder, config)
     resumed.load_state(trainer.state())
-    assert resumed.step == 16
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value)
     saved: list[int] = []
-    resumed.run(lambda message: None, lambda current: saved.append(current.step), last=18)
-    assert saved == [17, 18]
+    resumed.run(lambda message: None, lambda current: saved.append(current.step), last=4)
+    assert saved == [3, 4]
+
+    model = trainer.averaged_model()
+    started = small_trainer(tokenizer, encoder, config)
+    started.start_from(
+        model.text_encoder.state_dict(), {**model.conditioning.state_dict(), **model.transformer.state_dict()}
+    )
+    assert started.step == 0
+    for name, value in model.transformer.state_dict().items():
+        assert torch.equal(started.model.transformer.state_dict()[name], value)
+        assert torch.equal(started.average[f"transformer.{name}"], value)
