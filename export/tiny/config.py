@@ -48,7 +48,7 @@ class FlowPhase:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Flow matching of text encoder, conditioning and transformer together, from nothing."""
+    """Flow matching of text encoder, conditioning and transformer together."""
 
     phases: tuple[FlowPhase, ...] = (
         FlowPhase(steps=1300, sizes=((128, 128),), batch={"text": 16, "edit": 8, "combine": 4}),

@@ -44,17 +44,16 @@ def _save_state(state: Any, path: Path) -> None:
 
 def _autoencoder(config: TrainConfig, path: Path, start: Path | None) -> tuple[VaeEncoder, VaeDecoder]:
     spec = published_spec("tiny").autoencoder
-    if not path.exists():
-        if start:
-            encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
-            tensors = _read_half_precision(start / "autoencoder.safetensors")
-            for half in (encoder, decoder):
-                half.load_state_dict({name: tensors[name] for name in half.state_dict()})
-        else:
-            encoder, decoder = train_autoencoder(spec, config.autoencoder, config.seed, _log)
-        _save_state({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, path)
-    state = torch.load(path, weights_only=True)
     encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
+    if start:
+        tensors = _read_half_precision(start / "autoencoder.safetensors")
+        for half in (encoder, decoder):
+            half.load_state_dict({name: tensors[name] for name in half.state_dict()})
+        return encoder.eval(), decoder.eval()
+    if not path.exists():
+        trained = train_autoencoder(spec, config.autoencoder, config.seed, _log)
+        _save_state({"encoder": trained[0].state_dict(), "decoder": trained[1].state_dict()}, path)
+    state = torch.load(path, weights_only=True)
     encoder.load_state_dict(state["encoder"])
     decoder.load_state_dict(state["decoder"])
     return encoder.eval(), decoder.eval()
