@@ -1,7 +1,7 @@
 """Muon for matrices and convolution kernels, AdamW for the rest.
 
 Muon: https://kellerjordan.github.io/posts/muon. `torch.optim.Muon` always iterates in bfloat16, which is 30 times
-slower on a CPU without such instructions.
+slower on a CPU without such instructions, and always on the whole matrix.
 """
 
 from __future__ import annotations
@@ -15,26 +15,38 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def orthogonalize(gradient: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The nearest matrix [m, n] with singular values of about one, by Newton-Schulz iteration in `dtype`."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in fp32 on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that we take
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def orthogonalize(gradient: Tensor) -> Tensor:
+    """The nearest matrix [m, n] with singular values of about one, by Newton-Schulz iteration.
+
+    The iteration multiplies the matrix by polynomials of its Gram matrix, all of which commute; so it runs on the
+    short side squared alone.
+    """
     a, b, c = NEWTON_SCHULZ
     x = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
-    x = (x / (x.norm() + 1e-7)).to(dtype)
+    x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    product = identity = torch.eye(len(gram), device=gram.device)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
-    x = x.to(gradient.dtype)
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        product = factor @ product
+        gram = factor @ factor @ gram
+    x = product @ x
     return x.T if gradient.shape[0] > gradient.shape[1] else x
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; a kernel counts as the matrix [out, in * height * width]."""
 
-    def __init__(
-        self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -45,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]).flatten(1), self.dtype)
+                update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]).flatten(1))
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                 parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
@@ -59,14 +71,13 @@ class Optimizer:
         matrices: Iterable[Tensor],
         muon_learning_rate: float,
         adam_learning_rate: float,
-        muon_dtype: torch.dtype = torch.float32,
     ) -> None:
         matrices = list(matrices)
         taken = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in parameters if id(parameter) not in taken]
         self.parameters = [*matrices, *others]
         self.parts: tuple[tuple[torch.optim.Optimizer, float], ...] = (
-            (Muon(matrices, lr=muon_learning_rate, dtype=muon_dtype), muon_learning_rate),
+            (Muon(matrices, lr=muon_learning_rate), muon_learning_rate),
             (torch.optim.AdamW(others, lr=adam_learning_rate, betas=(0.9, 0.98), weight_decay=0.0), adam_learning_rate),
         )
 

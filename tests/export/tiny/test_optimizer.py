@@ -7,19 +7,17 @@ from export.tiny.optimizer import Optimizer, orthogonalize, schedule_factor
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 80), (80, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_singular_values_become_about_one_and_singular_vectors_stay(shape, dtype):
+def test_singular_values_become_about_one_and_singular_vectors_stay(shape):
     torch.manual_seed(0)
     gradient = torch.randn(shape)
-    update = orthogonalize(gradient, dtype)
-    assert update.dtype == gradient.dtype
+    update = orthogonalize(gradient)
     values = torch.linalg.svdvals(update)
     assert values.max() < 1.35
     assert values.median() > 0.6
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     rotated = left.T @ update @ right.T
     off_diagonal = rotated - torch.diag(rotated.diagonal())
-    assert off_diagonal.abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
+    assert off_diagonal.abs().max() < 1e-4
 
 
 def test_optimizer_resumes_where_it_stopped():
