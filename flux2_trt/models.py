@@ -127,12 +127,12 @@ def _tiny() -> ModelSpec:
     return ModelSpec(
         name="tiny",
         transformer=TransformerSpec(
-            num_heads=4,
+            num_heads=3,
             head_dim=64,
             axes_dim=(8, 24, 24, 8),
-            theta=100.0,  # its pictures have up to 32 tokens a side, not hundreds
+            theta=10.0,  # its pictures have up to 32 tokens a side, not hundreds
             num_double_blocks=2,
-            num_single_blocks=4,
+            num_single_blocks=5,
             context_dim=text_encoder.context_dim,
             in_channels=32,
             guidance_embeds=False,

@@ -24,17 +24,34 @@ class AutoencoderConfig:
     phases: tuple[AutoencoderPhase, ...] = (
         AutoencoderPhase(steps=1400, side=32, batch=8),
         AutoencoderPhase(steps=1000, side=64, batch=4),
-        AutoencoderPhase(steps=500, side=128, batch=2),
-        AutoencoderPhase(steps=150, side=256, batch=1),
+        AutoencoderPhase(steps=400, side=128, batch=4),
+        AutoencoderPhase(steps=120, side=256, batch=2),
     )
     muon_learning_rate: float = 0.025
     adam_learning_rate: float = 2e-3
     warmup_steps: int = 50
     decay_share: float = 0.6
-    kl_weight: float = 2e-5
+    noise: float = 0.5
+    """The most noise that the decoder is given, relative to the spread of a latent channel."""
+    size_weight: float = 1e-4
+    """Weight in the loss of the mean square of the latents, which nothing else bounds."""
     collages: float = 0.75
     """Share of collages among the pictures."""
     statistics_pictures: int = 512
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Reading the facts of prompts."""
+
+    steps: int = 1000
+    batch: int = 128
+    muon_learning_rate: float = 0.02
+    adam_learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    decay_share: float = 0.5
+    held_out: int = 1000
+    """Held-out prompts that are read at the end."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +61,47 @@ class FlowPhase:
     steps: int
     sizes: tuple[tuple[int, int], ...]
     batch: Mapping[Kind, int]
+    tokens: int
+    """Tokens that a step looks at in every picture, drawn anew if a picture has more."""
+    padded: float
+    """Share of batches with all the padding that a prompt has at inference; the others spare the time."""
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Flow matching of text encoder, conditioning and transformer together."""
+    """Flow matching of conditioning and transformer together."""
 
     phases: tuple[FlowPhase, ...] = (
-        FlowPhase(steps=1300, sizes=((128, 128),), batch={"text": 16, "edit": 8, "combine": 4}),
+        FlowPhase(steps=600, sizes=((256, 256),), batch={"text": 7, "edit": 8, "combine": 1}, tokens=128, padded=0.25),
         FlowPhase(
-            steps=250,
-            sizes=((256, 256), (256, 256), (256, 256), (128, 128), (192, 320), (320, 192)),
-            batch={"text": 8, "edit": 4, "combine": 2},
+            steps=400,
+            sizes=((256, 256),) * 6 + ((192, 320), (320, 192), (128, 128), (384, 384)),
+            batch={"text": 5, "edit": 5, "combine": 1},
+            tokens=256,
+            padded=1.0,
         ),
     )
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    decay_share: float = 0.35
+    warmup_steps: int = 20
+    decay_share: float = 0.95
     """Share of all steps, at the end, over which the learning rate falls linearly to zero."""
-    timestep_shift: float = 4.5
+    timestep_shift: float = 6.0
     """Timesteps are uniform numbers shifted towards noise: t = s*u / (1 + (s - 1)*u)."""
     drawn_weight: float = 4.0
     """Weight in the loss of tokens that are more than background, in the target or a reference."""
+    new_weight: float = 12.0
+    """Weight in the loss of those of them that look as in no reference: what an edit is about."""
     layout_weight: float = 0.2
     """Weight in the loss of the head that reads shapes and colours from the middle of the transformer."""
     prompt_dropout: float = 0.06
     ema_decay: float = 0.99
     pool_size: int = 6144
-    """Encoded samples kept per kind and size; a share is replaced in every step."""
-    fresh_share: float = 0.3
-    """Share of a batch that is newly drawn; the rest comes from the pool with new noise."""
+    """Encoded samples kept per kind and size; the oldest make room for new ones."""
+    pool_start: int = 250
+    """So many samples of a kind and size are drawn before any is used again."""
+    fresh_share: float = 0.1
+    """Share of a batch that is newly drawn after that; the rest comes from the pool with new noise."""
 
 
 @dataclass(frozen=True)
@@ -95,5 +122,6 @@ class TrainConfig:
 
     seed: int = 0
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

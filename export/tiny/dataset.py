@@ -30,6 +30,7 @@ from export.tiny.scenes import (
 
 Kind = Literal["text", "edit", "combine"]
 WEIGHTS: Mapping[Kind, float] = {"text": 0.55, "edit": 0.33, "combine": 0.12}
+OPERATIONS = ("recolor", "reshape", "backdrop", "resize", "remove", "move", "color from", "background from")
 HELD_OUT_ONE_IN = 10
 
 PAIR_SHARE = 0.5
@@ -69,6 +70,11 @@ class Sample:
     references: tuple[Scene, ...]
     target: Scene
     stated: frozenset[str]
+
+    @property
+    def operation(self) -> str:
+        """What an edit or a combination does."""
+        return next(operation for operation in OPERATIONS if operation in self.stated)
 
     @property
     def source_index(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from flux2_trt.text import PromptTokenizer
 
 TOKEN_SHAPES = ("background", *SHAPES)
 TOKEN_COLORS = tuple(COLORS)
+CELLS = 4
+"""Cells along each side of a token, of which the share that is drawn is known."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Batch:
     """Latent tokens of targets [B, N, C] and references [B, R*N, C] fp32, token ids and mask [B, T] int64.
 
     `drawn` [B, N] bool: tokens where the target or a reference shows something other than its background.
+    `new` [B, N] bool: tokens where the target shows something that no reference shows there; none without references.
     `shape`, `color` [B, N] int64: what the target shows at a token, as indices into `TOKEN_SHAPES` and `TOKEN_COLORS`.
+    `coverage` [B, N, CELLS**2] fp32: the share of each cell of a token of the target that is not background.
     """
 
     target: Tensor
@@ -31,11 +35,26 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     drawn: Tensor
+    new: Tensor
     shape: Tensor
     color: Tensor
+    coverage: Tensor
 
     def select(self, indices: Tensor) -> Batch:
+        """Some of the samples."""
         return Batch(*(getattr(self, name)[indices] for name in self.__dataclass_fields__))
+
+    def at(self, places: Tensor) -> Batch:
+        """The same samples at some tokens of the target, and at the same tokens of every reference."""
+        count = self.target.shape[1]
+        return replace(
+            self,
+            references=self.references.unflatten(1, (-1, count))[:, :, places].flatten(1, 2),
+            **{
+                name: getattr(self, name)[:, places]
+                for name in ("target", "drawn", "new", "shape", "color", "coverage")
+            },
+        )
 
 
 @torch.no_grad()
@@ -50,8 +69,13 @@ def encode_samples(
     tokens = latents.unflatten(0, (len(samples), -1))
     backgrounds = torch.tensor([COLORS[scene.background] for scene in scenes])[:, None, None, :]
     differs = (pixels != backgrounds).any(dim=-1).float()
-    shown = F.max_pool2d(differs, encoder.spec.pixels_per_token).bool()
+    side = encoder.spec.pixels_per_token
+    shown = F.max_pool2d(differs, side).bool()
     drawn = shown.flatten(1).unflatten(0, (len(samples), -1))
+    pictures = pixels.unflatten(0, (len(samples), -1))
+    changed = (pictures[:, 1:] != pictures[:, :1]).any(dim=-1).unflatten(3, (-1, side)).unflatten(2, (-1, side))
+    new = changed.any(dim=5).any(dim=3).flatten(2)
+    cells = F.avg_pool2d(differs.unflatten(0, (len(samples), -1))[:, :1], side // CELLS)
     shape, color = token_labels([each.target for each in samples], shown.unflatten(0, (len(samples), -1))[:, 0])
     prompts = tokenizer([each.prompt for each in samples])
     return Batch(
@@ -60,8 +84,10 @@ def encode_samples(
         input_ids=torch.from_numpy(prompts.input_ids).to(device),
         attention_mask=torch.from_numpy(prompts.attention_mask).to(device),
         drawn=drawn.any(dim=1).to(device),
+        new=(new.all(dim=1) & new.any(dim=1)).to(device),
         shape=shape.to(device),
         color=color.to(device),
+        coverage=F.pixel_unshuffle(cells, CELLS).flatten(2).transpose(1, 2).to(device),
     )
 
 
@@ -82,28 +108,42 @@ def token_labels(scenes: list[Scene], shown: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Pool:
-    """Up to `capacity` encoded samples of one kind and size, of which the oldest are replaced."""
+    """Up to `capacity` encoded samples of one kind and size, of which the oldest are replaced.
+
+    The first `start` samples are used once before any is used again.
+    """
 
     def __init__(
-        self, kind: Kind, size: tuple[int, int], capacity: int, encoder: VaeEncoder, tokenizer: PromptTokenizer
+        self,
+        kind: Kind,
+        size: tuple[int, int],
+        capacity: int,
+        start: int,
+        encoder: VaeEncoder,
+        tokenizer: PromptTokenizer,
     ) -> None:
-        self.kind, self.size, self.capacity = kind, size, capacity
+        self.kind, self.size, self.capacity, self.start = kind, size, capacity, min(start, capacity)
         self.encoder, self.tokenizer = encoder, tokenizer
         self.store: Batch | None = None
         self.filled = self.cursor = 0
 
     def batch(self, rng: np.random.Generator, count: int, fresh_share: float) -> Batch:
-        """`count` samples, of which at least `fresh_share` are newly drawn."""
-        fresh = max(int(count * fresh_share), count - self.filled, 1)
-        new = encode_samples(
-            [sample(rng, kind=self.kind) for _ in range(fresh)], self.size, self.encoder, self.tokenizer
-        )
+        """`count` samples, of which on average `fresh_share` are newly drawn once the pool has its start."""
+        fresh = count if self.filled < self.start else int(count * fresh_share + rng.random())
+        places = (torch.arange(fresh) + self.cursor) % self.capacity
+        if fresh:
+            self._replace(rng, places)
+        old = torch.from_numpy(rng.integers(self.filled, size=count - fresh))
+        assert self.store is not None
+        return self.store.select(torch.cat([places, old]))
+
+    def _replace(self, rng: np.random.Generator, places: Tensor) -> None:
+        fresh = len(places)
+        samples = [sample(rng, kind=self.kind) for _ in range(fresh)]
+        new = encode_samples(samples, self.size, self.encoder, self.tokenizer)
         if self.store is None:
             self.store = new.select(torch.zeros(self.capacity, dtype=torch.long))
-        places = (torch.arange(fresh) + self.cursor) % self.capacity
         for name in Batch.__dataclass_fields__:
             getattr(self.store, name)[places] = getattr(new, name)
         self.cursor = (self.cursor + fresh) % self.capacity
         self.filled = min(self.filled + fresh, self.capacity)
-        old = torch.from_numpy(rng.integers(self.filled, size=count - fresh))
-        return self.store.select(torch.cat([places, old]))

@@ -33,7 +33,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 128),
 }
 SIZES = {"small": 0.12, "large": 0.20}
-SIZE_JITTER = 0.01
+SIZE_JITTER = 0.002
 SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
 
 NEAR, MIDDLE, FAR = 0.26, 0.50, 0.74
@@ -59,8 +59,8 @@ DEFAULT_POSITION = "center"
 DEFAULT_RELATION = "left of"
 DEFAULT_SIZE_ALONE = "large"
 DEFAULT_SIZE_PAIR = "small"
-PLACE_JITTER = 0.015
-ALIGN_JITTER = 0.04
+PLACE_JITTER = 0.005
+ALIGN_JITTER = 0.005
 
 OVERSAMPLING = 4
 
