@@ -58,8 +58,9 @@ class Runner:
         Raises Flux2Error. Nothing is left behind where it fails but the pictures that were finished.
         """
         # 1. What was asked, and of which model: nothing is loaded yet
-        if options.prompt is None:
-            raise UsageError('there is no prompt; give one, for example: flux2-trt run "a red cube"')
+        if options.prompt is None or not options.prompt.strip():
+            wrong = "there is no prompt" if options.prompt is None else "the prompt is empty"
+            raise UsageError(f'{wrong}; give one, for example: flux2-trt run "a red cube"')
         self._introduce(options)
         folder, spec = self._locate(options)
         references, hashes = _load_references(options)

@@ -366,6 +366,13 @@ def test_without_prompt_and_terminal_run_is_a_usage_error(bench):
         assert flux2("run", *flags, typed="a cube\n").exit_code == 2 and not bench.loads
 
 
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused_before_anything_is_built_or_loaded(bench, prompt):
+    result = flux2("run", prompt)
+    assert (result.exit_code, result.stdout) == (2, "") and "the prompt is empty" in result.stderr
+    assert not bench.loads and not bench.builds and not files()
+
+
 def test_without_prompt_a_terminal_opens_the_session_and_loads_the_model_once(bench, terminal):
     publish()
     result = flux2("run", "--width", "128", typed="a cube\nwidth=100\nrun\nwidth=256 seed=3\nrun\nquit\n")
