@@ -197,7 +197,10 @@ def test_forged_manifest_is_refused(folder, change, problem):
 
 def test_manifest_edited_by_hand_is_refused(folder):
     file = folder / "bundle.json"
-    file.write_text(file.read_text().replace('"theta": 100.0', '"theta": 3000.0'))
+    text = file.read_text()
+    edited = text.replace('"created": "20', '"created": "19')
+    assert edited != text
+    file.write_text(edited)
     assert "changed after the build" in refusal(folder)
 
 

@@ -40,7 +40,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc <malloc.h>
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed for the next step: getting it anew from Linux costs half the speed of a matmul."""
+    """Let malloc keep what is freed for the next step: getting it anew from Linux costs a third of a matmul."""
     if platform.libc_ver()[0] == "glibc":
         malloc = ctypes.CDLL(None)
         malloc.mallopt(M_MMAP_MAX, 0)
