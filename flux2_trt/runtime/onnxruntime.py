@@ -33,7 +33,7 @@ class OnnxRuntimeEngine:
     """A graph whose weights lie in a file beside it. Raises BundleError where ONNX Runtime refuses it.
 
     Without a number of `threads` all engines of the process share one pool: components run one after another, and a
-    pool of its own for each, whose threads wait by spinning, costs half the speed on two cores.
+    pool of its own for each, whose threads wait by spinning, costs a third of the speed on two cores.
     """
 
     def __init__(self, plan: Path, weights: Path, threads: int | None = None) -> None:
