@@ -93,7 +93,7 @@ class FlowConfig:
     new_weight: float = 12.0
     """Weight in the loss of those of them that look as in no reference: what an edit is about."""
     layout_weight: float = 0.2
-    """Weight in the loss of the head that reads shapes and colours from the middle of the transformer."""
+    """Weight in the loss of the head that reads the layout from the middle of the transformer."""
     prompt_dropout: float = 0.06
     ema_decay: float = 0.99
     pool_size: int = 6144

@@ -62,28 +62,27 @@ def encode_samples(
     samples: list[Sample], size: tuple[int, int], encoder: VaeEncoder, tokenizer: PromptTokenizer
 ) -> Batch:
     """One batch of samples of one kind (so all have the same number of references) at `size` = (width, height)."""
+    count, side = len(samples), encoder.spec.pixels_per_token
     scenes = [scene for each in samples for scene in (each.target, *each.references)]
     pixels = torch.from_numpy(np.stack([render(scene, *size) for scene in scenes]))
     device = encoder.encoder.conv_in.weight.device
     latents = torch.cat([encoder(chunk.to(device)).flatten(1, 2) for chunk in pixels.split(16)])
-    tokens = latents.unflatten(0, (len(samples), -1))
-    backgrounds = torch.tensor([COLORS[scene.background] for scene in scenes])[:, None, None, :]
-    differs = (pixels != backgrounds).any(dim=-1).float()
-    side = encoder.spec.pixels_per_token
+    tokens, pictures = latents.unflatten(0, (count, -1)), pixels.unflatten(0, (count, -1))
+
+    backgrounds = torch.tensor([COLORS[scene.background] for scene in scenes]).reshape(count, -1, 1, 1, 3)
+    differs = (pictures != backgrounds).any(dim=-1).float()
     shown = F.max_pool2d(differs, side).bool()
-    drawn = shown.flatten(1).unflatten(0, (len(samples), -1))
-    pictures = pixels.unflatten(0, (len(samples), -1))
+    shape, color = token_labels([each.target for each in samples], shown[:, 0])
+    cells = F.avg_pool2d(differs[:, :1], side // CELLS)
     changed = (pictures[:, 1:] != pictures[:, :1]).any(dim=-1).unflatten(3, (-1, side)).unflatten(2, (-1, side))
     new = changed.any(dim=5).any(dim=3).flatten(2)
-    cells = F.avg_pool2d(differs.unflatten(0, (len(samples), -1))[:, :1], side // CELLS)
-    shape, color = token_labels([each.target for each in samples], shown.unflatten(0, (len(samples), -1))[:, 0])
     prompts = tokenizer([each.prompt for each in samples])
     return Batch(
         target=tokens[:, 0],
         references=tokens[:, 1:].flatten(1, 2),
         input_ids=torch.from_numpy(prompts.input_ids).to(device),
         attention_mask=torch.from_numpy(prompts.attention_mask).to(device),
-        drawn=drawn.any(dim=1).to(device),
+        drawn=shown.any(dim=1).flatten(1).to(device),
         new=(new.all(dim=1) & new.any(dim=1)).to(device),
         shape=shape.to(device),
         color=color.to(device),

@@ -98,12 +98,7 @@ def train_text_encoder(
     reader = Reader(spec)
     bfloat16 = has_bfloat16(torch.device("cpu"))
     matrices = [p for n, p in reader.named_parameters() if p.ndim == 2 and "layers." in n]
-    optimizer = Optimizer(
-        reader.parameters(),
-        matrices,
-        config.muon_learning_rate,
-        config.adam_learning_rate,
-    )
+    optimizer = Optimizer(reader.parameters(), matrices, config.muon_learning_rate, config.adam_learning_rate)
     for step in range(1, config.steps + 1):
         samples = [sample(rng) for _ in range(config.batch)]
         input_ids, attention_mask, labels, summary = _batch(samples, tokenizer)
