@@ -197,8 +197,8 @@ def test_forged_manifest_is_refused(folder, change, problem):
 
 def test_manifest_edited_by_hand_is_refused(folder):
     file = folder / "bundle.json"
-    text = file.read_text()
-    edited = text.replace('"created": "20', '"created": "19')
+    text, theta = file.read_text(), published_spec("tiny").transformer.theta
+    edited = text.replace(f'"theta": {theta}', '"theta": 3000.0')
     assert edited != text
     file.write_text(edited)
     assert "changed after the build" in refusal(folder)
