@@ -130,7 +130,7 @@ def main(
         commands = measure_commands(Path(home), repeats)
         result = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.platform()},
+            "machine": {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()},
             "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "commands": commands,
             "comparison": compare(repeats),
@@ -140,7 +140,7 @@ def main(
     print(json.dumps(result, indent=2))
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

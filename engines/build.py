@@ -6,34 +6,40 @@ import hashlib
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from engines.layers import FP8, LayerReport
+from engines.shapes import DEFAULT_SIZES, ShapeRequest, profiles
 from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, Target, resolve_precision, resolve_target
-from export.trace import OPSET, trace
+from engines.tensorrt import DECOMPOSABLE, compile_plan, load_compiler
+from export.quantize import FP8_DTYPE, quantize
+from export.recipes import QUANTIZED_ATTENTION, Recipe, recipe_named
+from export.trace import OPSET, Graph, trace
 from export.weights import FAMILY_OF, TensorSource, place_external, write_weights
 from flux2_trt.bundle import Bundle
 from flux2_trt.draft import Draft
-from flux2_trt.errors import UsageError
-from flux2_trt.manifest import ComponentRecord, content_key
+from flux2_trt.errors import Flux2Error, UsageError
+from flux2_trt.manifest import ComponentRecord, FileRecord, content_key
 from flux2_trt.naming import Family
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import Component
 from flux2_trt.store import Store
 
 EXPORT = Path(__file__).parents[1] / "export"
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("torch", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
 class BuildRequest:
     """What to build; None takes the default of the model or the target.
 
-    `weights`: how the plan gets them ("external": beside it, as data); `output`: another store than the user's.
+    `weights`: how the plan gets them ("external": as constants in a file beside it; "bound": as inputs); `sizes`,
+    `max_batch`, `max_references`: see `engines.shapes.ShapeRequest`; `output`: another store than the user's.
     """
 
     model: str
@@ -42,6 +48,9 @@ class BuildRequest:
     weights: str | None = None
     components: tuple[str, ...] | None = None
     checkpoint: str | None = None
+    sizes: tuple[str, ...] = DEFAULT_SIZES
+    max_batch: int = 1
+    max_references: int = 1
     output: Path | None = None
 
 
@@ -87,18 +96,23 @@ def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildRep
         raise UsageError(
             f"target {target.name} takes {target.weight_placement} weights, not {request.weights}; leave --weights out"
         )
+    shapes = ShapeRequest(request.sizes, request.max_batch, request.max_references)
     source = resolve_source(request.model, request.checkpoint)
     components = _components(source, request.components)
+    job = _Job(source, components, target, recipe_named(precision), shapes)
+    _check_ranges(job)
     identity = source.identity()
     key = content_key(
         {
             "export": _code_digest(),
             "packages": {name: version(name) for name in PACKAGES},
+            "compiler": compiler_version(target),
             "opset": OPSET,
             "model": source.spec.to_dict(),
             "weights": identity,
             "components": list(components),
             "target": asdict(target) | {"precisions": precision},
+            "shapes": asdict(shapes) if target.ahead_of_time else None,
         }
     )
     store = Store() if request.output is None else Store(request.output)
@@ -106,7 +120,7 @@ def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildRep
     with store.publish(key, model=source.spec, recipe=precision, target=target.name, on_wait=on_progress) as draft:
         reused = draft.done
         if not reused:
-            _make(draft, source, components, target, identity, seconds, on_progress)
+            _make(draft, job, identity, seconds, on_progress)
     return _report(draft.bundle, reused, seconds, time.monotonic() - started)
 
 
@@ -121,51 +135,122 @@ def _components(source: ModelSource, asked: tuple[str, ...] | None) -> tuple[Com
     return tuple(name for name in there if name in asked)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A request with everything resolved."""
+
+    source: ModelSource
+    components: tuple[Component, ...]
+    target: Target
+    recipe: Recipe
+    shapes: ShapeRequest
+
+    @property
+    def writes_weights(self) -> bool:
+        """Made-up weights that are bound are made again by whoever needs them."""
+        return self.source.seed is None or self.target.weight_placement != "bound"
+
+
+def _check_ranges(job: _Job) -> None:
+    if job.recipe.linears and job.source.seed is None:
+        raise UsageError(
+            f"precision {job.recipe.name} needs the ranges of activations, which this version does not calibrate; give "
+            "--precision bf16, or --checkpoint random:0 to compile with synthetic weights"
+        )
+
+
 def _make(
-    draft: Draft,
-    source: ModelSource,
-    components: tuple[Component, ...],
-    target: Target,
-    identity: dict[str, Any],
-    seconds: dict[str, float],
-    on_progress: Callable[[str], None],
+    draft: Draft, job: _Job, identity: dict[str, Any], seconds: dict[str, float], on_progress: Callable[[str], None]
 ) -> None:
     opened: dict[Family, TensorSource] = {}
-    for family in dict.fromkeys(FAMILY_OF[component] for component in components):
-        opened[family] = source.open(family)
+    if job.writes_weights:
+        for family in dict.fromkeys(FAMILY_OF[component] for component in job.components):
+            opened[family] = job.source.open(family)
     records = []
-    for component in components:
+    for component in job.components:
         started = time.monotonic()
         on_progress(f"tracing {component}")
-        graph = trace(component, source.spec)
-        on_progress(f"writing the weights of {component}")
-        weights = draft.weights_path(component)
-        spans = write_weights(graph, opened[FAMILY_OF[component]], weights)
+        graph = quantize(trace(component, job.source.spec, job.recipe.dtype), job.recipe)
+        weights, spans = None, {}
+        if job.writes_weights:
+            on_progress(f"writing the weights of {component}")
+            path = draft.weights_path(component)
+            spans = write_weights(graph, opened[FAMILY_OF[component]], path)
+            weights = draft.record(path)
         on_progress(f"compiling {component}")
-        model = place_external(graph, spans, weights.name)
-        plan = draft.plan_path(component, ".onnx")
-        plan.write_bytes(model.SerializeToString(deterministic=True))
-        OnnxRuntimeEngine(plan, weights)
+        if job.target.compiler == "onnxruntime":
+            plan, layers = _compile_external(draft, graph, spans)
+        else:
+            plan, layers = _compile_bound(draft, graph, job, on_progress)
         records.append(
             ComponentRecord(
                 name=component,
-                plan=draft.record(plan),
+                plan=plan,
                 graph_sha256=hashlib.sha256(graph.model.SerializeToString(deterministic=True)).hexdigest(),
-                compiler=target.compiler,
-                compiler_version=version(target.compiler),
-                weights=draft.record(weights),
-                weight_placement=target.weight_placement,
+                compiler=job.target.compiler,
+                compiler_version=compiler_version(job.target),
+                weights=weights,
+                weight_placement=job.target.weight_placement,
                 shapes=graph.shapes(),  # type: ignore[arg-type]
-                layers={"operators": dict(Counter(node.op_type for node in graph.model.graph.node))},
+                layers=layers,
             )
         )
         seconds[component] = round(time.monotonic() - started, 2)
     assets = []
-    if source.tokenizer and "text_encoder" in components:
-        asset = draft.asset_path(source.tokenizer.name)
-        asset.write_bytes(source.tokenizer.read_bytes())
+    if job.source.tokenizer and "text_encoder" in job.components:
+        asset = draft.asset_path(job.source.tokenizer.name)
+        asset.write_bytes(job.source.tokenizer.read_bytes())
         assets.append(draft.record(asset))
     draft.finish(records, assets, source=identity)
+
+
+def _compile_external(
+    draft: Draft, graph: Graph, spans: Mapping[str, tuple[int, int]]
+) -> tuple[FileRecord, dict[str, Any]]:
+    """The graph for ONNX Runtime, loaded once to see that it does."""
+    weights = draft.weights_path(graph.component)
+    plan = draft.plan_path(graph.component, ".onnx")
+    plan.write_bytes(place_external(graph, spans, weights.name).SerializeToString(deterministic=True))
+    OnnxRuntimeEngine(plan, weights)
+    return draft.record(plan), {"operators": dict(Counter(node.op_type for node in graph.model.graph.node))}
+
+
+def _compile_bound(
+    draft: Draft, graph: Graph, job: _Job, on_progress: Callable[[str], None]
+) -> tuple[FileRecord, dict[str, Any]]:
+    """A TensorRT plan, and what its kernels are. Raises Flux2Error where they are not what the recipe says."""
+    compiled = compile_plan(graph, profiles(graph.component, job.source.spec, job.shapes), job.target)
+    if lost := lost_formats(graph, job.recipe, compiled.report):
+        raise Flux2Error(
+            f"{job.target.compiler} {compiler_version(job.target)} compiled {graph.component} for {job.target.name} "
+            f"not as precision {job.recipe.name} says: {lost}; build with another --precision, and report this"
+        )
+    plan = draft.plan_path(graph.component, ".plan")
+    plan.write_bytes(compiled.plan)
+    return draft.record(plan), compiled.report.to_dict()
+
+
+def lost_formats(graph: Graph, recipe: Recipe, report: LayerReport) -> str:
+    """What the recipe wanted and the compiler did not give, in words; empty where all is there."""
+    quantized = [name for name, slot in graph.weights.items() if slot.dtype == FP8_DTYPE]
+    attention = FP8 if recipe.attention and graph.component in QUANTIZED_ATTENTION else None
+    for number, profile in enumerate(report.profiles):
+        if missing := profile.missing_fp8(quantized):
+            names = ", ".join(missing[:3])
+            return f"{len(missing)} of {len(quantized)} linears have no FP8 kernel in profile {number} ({names}, ...)"
+        fused = profile.fused_attentions
+        there = sum(fused.values()) if attention is None else fused.get(attention, 0)
+        if graph.component not in DECOMPOSABLE and there != graph.attentions:
+            kind = "a fused kernel" if attention is None else f"a fused {attention} kernel"
+            return f"{there} of {graph.attentions} attentions are {kind} in profile {number} ({fused})"
+    return "" if report.profiles else "it listed no kernels"
+
+
+def compiler_version(target: Target) -> str:
+    """The version of a target's compiler. Raises Flux2Error where it is not installed."""
+    if target.compiler == "onnxruntime":
+        return version(target.compiler)
+    return str(load_compiler(target.compiler).__version__)
 
 
 def _report(bundle: Bundle, reused: bool, seconds: dict[str, float], total: float) -> BuildReport:

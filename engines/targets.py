@@ -11,16 +11,38 @@ from flux2_trt.manifest import WeightPlacement
 
 @dataclass(frozen=True)
 class Target:
-    """A device type, the compiler for it and the precisions that it runs; the first is the default."""
+    """A device type, the compiler for it and the precisions that it runs; the first is the default.
+
+    `compute_capability`: the compiler's name for it where plans are compiled ahead of time, without the device.
+    """
 
     name: str
     compiler: str
     precisions: tuple[str, ...]
     weight_placement: WeightPlacement
+    compute_capability: str | None = None
+
+    @property
+    def ahead_of_time(self) -> bool:
+        return self.compute_capability is not None
 
 
+def _rtx(name: str, compute_capability: str, *precisions: str) -> Target:
+    return Target(name, "tensorrt_rtx", precisions, "bound", compute_capability)
+
+
+_FP8 = ("fp8", "fp8-attention", "bf16")
 TARGETS: Mapping[str, Target] = {
-    "cpu": Target("cpu", compiler="onnxruntime", precisions=("fp32",), weight_placement="external"),
+    target.name: target
+    for target in (
+        Target("cpu", "onnxruntime", ("fp32",), "external"),
+        _rtx("rtx4090", "SM89", *_FP8),
+        _rtx("l40s", "SM89", *_FP8),
+        _rtx("rtx5090", "SM120", *_FP8),
+        _rtx("rtx-pro-6000", "SM120", *_FP8),
+        _rtx("a100", "SM80", "bf16"),
+        _rtx("rtx3090", "SM86", "bf16"),
+    )
 }
 AUTO = "auto"
 

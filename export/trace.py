@@ -12,7 +12,7 @@ import io
 import logging
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import onnx
@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from export.modules import build_module
+from export.recipes import Dtype
 from flux2_trt.errors import Flux2Error
 from flux2_trt.spec import Component, ModelSpec
 
-Dtype = Literal["fp32", "bf16"]
 OPSET = 23
 EXPORTER_LOG = "torch.onnx"  # it warns of torchvision, which is not needed, before every graph
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,17 +43,35 @@ class WeightSlot:
 
 
 @dataclass(frozen=True)
+class ScaleSlot:
+    """A factor fp32 [1] of quantized linears that the graph takes as an input.
+
+    `quantize`: 1 / input scale, of the input that the linears with these `weights` share. `dequantize`: input scale *
+    weight scale, of the one linear.
+    """
+
+    kind: Literal["quantize", "dequantize"]
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Graph:
-    """A traced component: `model` has no initializers, and `weights` describes the inputs that are parameters."""
+    """A traced component: `model` takes its parameters as inputs; `weights` and `scales` say which inputs those are.
+
+    `attentions`: how many there are, in whatever spelling.
+    """
 
     component: Component
     model: onnx.ModelProto
     weights: Mapping[str, WeightSlot]
+    attentions: int = 0
+    scales: Mapping[str, ScaleSlot] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, dict[str, Any]]:
-        """dtype and shape of every input and output that is not a weight; dynamic sides are names."""
+        """dtype and shape of every input and output that is no parameter; dynamic sides are names."""
         values = [*self.model.graph.input, *self.model.graph.output]
-        return {value.name: _tensor_shape(value) for value in values if value.name not in self.weights}
+        parameters = self.weights.keys() | self.scales.keys()
+        return {value.name: _tensor_shape(value) for value in values if value.name not in parameters}
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ def trace(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph
         if value.name in parameters
     }
     onnx.checker.check_model(proto, full_check=True)
-    graph = Graph(component, proto, weights)
+    graph = Graph(component, proto, weights, sum(node.op_type == "Attention" for node in proto.graph.node))
     _check_dynamic(graph, example)
     return graph
 

@@ -1,4 +1,7 @@
-"""Checkpoints to weight files: the tensors that a graph takes, in the layout that it wants, one at a time in memory."""
+"""Checkpoints to weight files: the tensors that a graph takes, in the layout that it wants, one at a time in memory.
+
+FP8 weights are rounded to nearest even at the scale amax / 448, one a tensor (OCP 8-bit floating point, E4M3).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from typing import Protocol
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 
+from export.quantize import FP8_DTYPE, FP8_MAX
 from export.trace import Graph, WeightSlot
 from flux2_trt.errors import CheckpointError
 from flux2_trt.naming import Family
@@ -25,7 +30,13 @@ FAMILY_OF: Mapping[Component, Family] = {
     "vae_encoder": "autoencoder",
     "vae_decoder": "autoencoder",
 }
-SAFETENSORS_DTYPES = {"float": ("F32", 4)}
+STORED_DTYPES: Mapping[str, tuple[str, torch.dtype]] = {
+    "float": ("F32", torch.float32),
+    "bfloat16": ("BF16", torch.bfloat16),
+    FP8_DTYPE: ("F8_E4M3", torch.float8_e4m3fn),
+}
+"""By the dtype of a slot: safetensors' name, and torch's."""
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # its reciprocal is finite
 HEADER_ALIGNMENT = 64
 
 
@@ -51,32 +62,68 @@ class RandomSource:
         return rng.standard_normal(shape, dtype=np.float32) * np.float32(math.prod(shape[1:]) ** -0.5)
 
 
-def write_weights(graph: Graph, source: TensorSource, path: Path) -> dict[str, tuple[int, int]]:
-    """Write the weights of `graph` to a safetensors file; returns byte offset and length of each in the file.
+def write_weights(
+    graph: Graph, source: TensorSource, path: Path, input_scales: Mapping[str, float] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Write the weights and scales of `graph` to a safetensors file; returns byte offset and length of each in it.
 
-    Raises CheckpointError where a tensor has not the shape that the graph takes, or is not finite.
+    `input_scales`: by the name of a quantized weight, the scale of what is multiplied with it: its largest magnitude
+    over 448. Linears that share an input take the largest of theirs. Raises CheckpointError where a tensor has not the
+    shape that the graph takes, is not finite, or has no input scale.
     """
-    spans, header = _layout(graph.weights)
+    slots = {**graph.weights, **dict.fromkeys(graph.scales, WeightSlot((1,), "float", transposed=False))}
+    inputs = _shared_input_scales(graph, input_scales or {})
+    spans, header = _layout(slots)
+    weight_scales: dict[str, float] = {}
+
+    def put(name: str, values: torch.Tensor) -> None:
+        file.seek(spans[name][0])
+        file.write(values.to(STORED_DTYPES[slots[name].dtype][1]).view(torch.uint8).numpy().data)
+
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, slot in graph.weights.items():
-            file.write(_arranged(name, slot, source.read(name)).data)
+            values = torch.from_numpy(_arranged(name, slot, source.read(name)))
+            if slot.dtype == FP8_DTYPE:
+                weight_scales[name] = fp8_scale(values)
+                values = (values / weight_scales[name]).clamp_(-FP8_MAX, FP8_MAX)  # a quotient may round up past 448
+            put(name, values)
+        for name, scale in graph.scales.items():
+            weight = scale.weights[0]
+            value = 1 / inputs[weight] if scale.kind == "quantize" else inputs[weight] * weight_scales[weight]
+            put(name, torch.tensor([value]))
     return spans
 
 
+def fp8_scale(values: torch.Tensor) -> float:
+    """amax / 448 in fp32; the smallest normal number where that is less, as for a tensor of zeros."""
+    return max(float(values.abs().max()) / FP8_MAX, SMALLEST_SCALE)
+
+
+def _shared_input_scales(graph: Graph, input_scales: Mapping[str, float]) -> dict[str, float]:
+    shared = {}
+    for scale in graph.scales.values():
+        if scale.kind == "quantize":
+            missing = [name for name in scale.weights if name not in input_scales]
+            if missing:
+                raise CheckpointError(f"{missing[0]} has no input scale; calibrate the model, or build it in bf16")
+            shared |= dict.fromkeys(scale.weights, max(input_scales[name] for name in scale.weights))
+    return shared
+
+
 def place_external(graph: Graph, spans: Mapping[str, tuple[int, int]], file_name: str) -> onnx.ModelProto:
-    """The graph with its weight inputs as constants whose data are in the weight file `file_name`."""
+    """The graph with its weights and scales as constants whose data are in the weight file `file_name`."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     for index in reversed(range(len(model.graph.input))):
         value = model.graph.input[index]
-        if value.name not in graph.weights:
+        if value.name not in spans:
             continue
         offset, length = spans[value.name]
         tensor = model.graph.initializer.add()
         tensor.name = value.name
         tensor.data_type = value.type.tensor_type.elem_type
-        tensor.dims.extend(graph.weights[value.name].shape)
+        tensor.dims.extend(side.dim_value for side in value.type.tensor_type.shape.dim)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, text in (("location", file_name), ("offset", str(offset)), ("length", str(length))):
             tensor.external_data.add(key=key, value=text)
@@ -85,11 +132,11 @@ def place_external(graph: Graph, spans: Mapping[str, tuple[int, int]], file_name
 
 
 def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, tuple[int, int]], bytes]:
-    """Where each tensor lies in the file, and the file's JSON header."""
+    """Where each tensor lies in the file, those of wide elements first, and the file's JSON header."""
     entries, places, position = {}, {}, 0
-    for name, slot in weights.items():
-        dtype, item_bytes = SAFETENSORS_DTYPES[slot.dtype]
-        length = math.prod(slot.shape) * item_bytes
+    for name, slot in sorted(weights.items(), key=lambda item: -STORED_DTYPES[item[1].dtype][1].itemsize):
+        dtype, stored = STORED_DTYPES[slot.dtype]
+        length = math.prod(slot.shape) * stored.itemsize
         entries[name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [position, position + length]}
         places[name] = (position, length)
         position += length

@@ -105,7 +105,7 @@ class Bundle:
         return self._checked_path(self.component(component).plan, hashed=True)
 
     def weights_path(self, component: str) -> Path | None:
-        """The weight file, checked; None where the weights are embedded in the plan."""
+        """The weight file, checked; None where the weights are embedded in the plan, or made from a seed."""
         record = self.component(component).weights
         return None if record is None else self._checked_path(record, record.bytes <= HASHED_AT_OPEN_BYTES)
 

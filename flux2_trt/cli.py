@@ -141,6 +141,9 @@ def build(
     precision: Annotated[str | None, typer.Option(help="Number format (default: the target's).")] = None,
     components: Annotated[str | None, typer.Option(help="Only these, with commas between them.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights from here; random:SEED makes some up.")] = None,
+    sizes: Annotated[str, typer.Option(help="Size classes to compile for: 512, 1mp, 4mp.")] = "1mp,4mp",
+    max_batch: Annotated[int, typer.Option(help="Most pictures in one batch.")] = 1,
+    max_references: Annotated[int, typer.Option(help="Most reference pictures of 1 MP each.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Bundle store to use (default: yours).")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -149,7 +152,7 @@ def build(
     from flux2_trt.runner import build_bundle
 
     console = _console(json, quiet)
-    names = None if components is None else tuple(name.strip() for name in components.split(","))
+    names = None if components is None else _split(components)
     report = build_bundle(
         console,
         model=model,
@@ -157,12 +160,19 @@ def build(
         precision=precision,
         components=names,
         checkpoint=checkpoint,
+        sizes=_split(sizes),
+        max_batch=max_batch,
+        max_references=max_references,
         output=output,
     )
     how = "was there already" if report["reused"] else f"built in {report['seconds']:.1f} s"
     console.note(f"{report['model']} for {report['target']} in {report['precision']}: {how}")
     console.line(Path(report["bundle"]))
     console.object(report)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(","))
 
 
 @app.command()

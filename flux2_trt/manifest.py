@@ -103,7 +103,7 @@ class ComponentRecord:
     """A compiled component: its plan, what it was compiled from and by, and where its weights are.
 
     `shapes`: inputs and outputs by name. `layers`: the compiler's report, as it gave it. `weights`: None only where
-    they are embedded in the plan.
+    they are embedded in the plan, or bound and made from a seed.
     """
 
     name: str
@@ -125,10 +125,6 @@ class ComponentRecord:
         _require(
             self.weight_placement in placements,
             f"{self.name}: weight_placement {self.weight_placement!r}; known are {', '.join(placements)}",
-        )
-        _require(
-            self.weights is not None or self.weight_placement == "embedded",
-            f"{self.name}: {self.weight_placement} weights without a weight file",
         )
         _require(isinstance(self.shapes, dict), f"{self.name}: shapes are no JSON object")
         for tensor, value in self.shapes.items():
@@ -171,6 +167,14 @@ class Manifest:
         _require(len(names) == len(set(names)), f"more than one record of a component in {', '.join(names)}")
         strangers = set(names) - set(self.model.components)
         _require(not strangers, f"{self.model.name} has no component {', '.join(sorted(strangers))}")
+        for component in self.components:
+            without_file = component.weight_placement == "embedded" or (
+                component.weight_placement == "bound" and SYNTHETIC in self.source
+            )
+            _require(
+                component.weights is not None or without_file,
+                f"{component.name}: {component.weight_placement} weights without a weight file",
+            )
         records = {record.file: record for record in self.files}
         _require(set(records.values()) == set(self.files), "one file has two different records")
         try:

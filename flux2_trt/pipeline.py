@@ -19,7 +19,7 @@ from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, Interrupted, UsageError
 from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
 from flux2_trt.latents import noise_batch, pack, picture_seeds, position_ids, rotary_tables, unpack
-from flux2_trt.runtime.engine import Engine
+from flux2_trt.runtime.engine import RUNNABLE_TARGET, Engine
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
 from flux2_trt.store import Store
@@ -92,7 +92,7 @@ class Flux2Pipeline:
 
         Raises BundleError with the build command where there is none.
         """
-        return Flux2Pipeline.from_bundle(Store().find(name, makes_pictures=True))
+        return Flux2Pipeline.from_bundle(Store().find(name, RUNNABLE_TARGET, makes_pictures=True))
 
     def interrupt(self) -> None:
         """Stop the running call between two steps; it raises Interrupted."""

@@ -89,6 +89,7 @@ class Runner:
         """The bundle and the model in it; no bundle where tiny has yet to be built."""
         from flux2_trt.bundle import read_manifest
         from flux2_trt.models import FAMILY, published_spec
+        from flux2_trt.runtime.engine import RUNNABLE_TARGET
         from flux2_trt.store import Store
 
         if options.bundle is not None:
@@ -97,9 +98,9 @@ class Runner:
             return options.bundle, read_manifest(options.bundle).model
         model, store = options.model or DEFAULT_MODEL, Store()
         try:
-            folder = store.find(model, makes_pictures=True)
+            folder = store.find(model, RUNNABLE_TARGET, makes_pictures=True)
         except BundleError:
-            built = {bundle.model for bundle in store.list()}
+            built = {bundle.model for bundle in store.list() if bundle.target == RUNNABLE_TARGET}
             if model in built:
                 raise
             if model == TINY:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     MistralConfig,
@@ -18,9 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from export.recipes import Dtype
 from export.trace import Graph, trace
 from flux2_trt.checkpoint import Checkpoint
-from flux2_trt.models import QWEN3_PROMPT
+from flux2_trt.models import QWEN3_PROMPT, published_spec
 from flux2_trt.naming import Family
 from flux2_trt.spec import Component, ModelSpec
 
@@ -125,11 +127,53 @@ def load(module: Model, folder: Path, family: Family) -> Model:
     return module.eval()
 
 
+class ModuleSource:
+    """The state of a module, as `write_weights` takes it."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        self.state = state
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        return self.state[name].numpy()
+
+
+def small_spec() -> ModelSpec:
+    """`tiny` in the sizes of the models above, so that a session that runs all tests traces once."""
+    tiny = published_spec("tiny")
+    assert tiny.text_encoder is not None
+    text_encoder = replace(
+        tiny.text_encoder,
+        vocab_size=QWEN_VOCABULARY,
+        hidden_size=12,
+        intermediate_size=20,
+        head_dim=8,
+        hidden_states=(1, 2),
+    )
+    transformer = replace(
+        tiny.transformer,
+        num_heads=2,
+        head_dim=16,
+        axes_dim=(4, 4, 4, 4),
+        num_double_blocks=1,
+        num_single_blocks=1,
+        context_dim=text_encoder.context_dim,
+        in_channels=16,
+    )
+    autoencoder = replace(
+        tiny.autoencoder,
+        block_out_channels=(8, 8, 16, 16),
+        decoder_block_out_channels=(4, 8, 8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    return replace(tiny, name="small", text_encoder=text_encoder, transformer=transformer, autoencoder=autoencoder)
+
+
 _traced: dict[tuple[Any, ...], Graph] = {}
 
 
-def traced_once(component: Component, spec: ModelSpec) -> Graph:
-    """`trace`, once for all models that differ in nothing that the component's fp32 graph depends on.
+def traced_once(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph:
+    """`trace`, once for all models that differ in nothing that the component's graph depends on.
 
     Tracing takes 15 s on one core however small the model is, and is most of what these tests take.
     """
@@ -144,9 +188,9 @@ def traced_once(component: Component, spec: ModelSpec) -> Graph:
             sizes = (replace(spec.transformer, guidance_embeds=False), mixed)
         case _:
             sizes = spec.autoencoder
-    if (component, sizes) not in _traced:
-        _traced[component, sizes] = trace(component, spec)
-    return _traced[component, sizes]
+    if (component, sizes, dtype) not in _traced:
+        _traced[component, sizes, dtype] = trace(component, spec, dtype)
+    return _traced[component, sizes, dtype]
 
 
 def relative_error(ours: torch.Tensor | np.ndarray, theirs: torch.Tensor | np.ndarray) -> float:

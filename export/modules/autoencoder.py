@@ -196,7 +196,7 @@ class VaeEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, H, W, 3] uint8 to latents [B, H/16, W/16, C] fp32: the posterior's mean, normalised."""
-        x = image.permute(0, 3, 1, 2).to(self.encoder.conv_in.weight.dtype) / 127.5 - 1.0
+        x = image.to(self.encoder.conv_in.weight.dtype).permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT only casts uint8
         mean = self.encoder(x).chunk(2, dim=1)[0]
         return self.bn(F.pixel_unshuffle(mean, self.spec.patch_size)).float().permute(0, 2, 3, 1)
 
@@ -214,4 +214,4 @@ class VaeDecoder(nn.Module):
         """latents [B, h, w, C] fp32, normalised, to image [B, 16*h, 16*w, 3] uint8."""
         z = self.bn.inverse(latents.permute(0, 3, 1, 2).to(self.decoder.conv_in.weight.dtype))
         x = self.decoder(F.pixel_shuffle(z, self.spec.patch_size))
-        return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return (x.float() * 127.5 + 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)

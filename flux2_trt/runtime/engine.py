@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+RUNNABLE_TARGET = "cpu"
+"""The target whose plans this version has an engine for."""
+
 Arrays = dict[str, NDArray[Any]]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers_models import QWEN_VOCABULARY, randomised, traced_once
+from diffusers_models import QWEN_VOCABULARY, ModuleSource, randomised, small_spec, traced_once
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -23,45 +23,14 @@ from polygraphy.comparator import Comparator, SimpleCompareFunc
 from export.modules import build_module
 from export.trace import OPSET, Graph, trace
 from export.weights import place_external, write_weights
-from flux2_trt.models import GUIDANCE_DISTILLED, published_spec
+from flux2_trt.models import GUIDANCE_DISTILLED
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import COMPONENTS, Component, ModelSpec
 
 Feed = dict[str, NDArray[Any]]
 
 
-def _small(tiny: ModelSpec) -> ModelSpec:
-    """The sizes of `diffusers_models`, so that a session that runs both tests traces once."""
-    assert tiny.text_encoder is not None
-    text_encoder = replace(
-        tiny.text_encoder,
-        vocab_size=QWEN_VOCABULARY,
-        hidden_size=12,
-        intermediate_size=20,
-        head_dim=8,
-        hidden_states=(1, 2),
-    )
-    transformer = replace(
-        tiny.transformer,
-        num_heads=2,
-        head_dim=16,
-        axes_dim=(4, 4, 4, 4),
-        num_double_blocks=1,
-        num_single_blocks=1,
-        context_dim=text_encoder.context_dim,
-        in_channels=16,
-    )
-    autoencoder = replace(
-        tiny.autoencoder,
-        block_out_channels=(8, 8, 16, 16),
-        decoder_block_out_channels=(4, 8, 8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    return replace(tiny, name="small", text_encoder=text_encoder, transformer=transformer, autoencoder=autoencoder)
-
-
-CLASSIFIER_FREE = _small(published_spec("tiny"))
+CLASSIFIER_FREE = small_spec()
 EMBEDDED = replace(
     CLASSIFIER_FREE,
     transformer=replace(CLASSIFIER_FREE.transformer, guidance_embeds=True),
@@ -92,16 +61,6 @@ class Traced:
     graph: Graph
     module: torch.nn.Module
     engine: OnnxRuntimeEngine
-
-
-class ModuleSource:
-    """The weights of a module, as `write_weights` takes them."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.state = module.state_dict()
-
-    def read(self, name: str) -> NDArray[np.float32]:
-        return self.state[name].numpy()
 
 
 class TorchRunner(BaseRunner):
@@ -136,7 +95,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("graph")
     graph = traced_once(component, spec)
     module = randomised(build_module(component, spec), seed=0)
-    spans = write_weights(graph, ModuleSource(module), folder / "weights.safetensors")
+    spans = write_weights(graph, ModuleSource(module.state_dict()), folder / "weights.safetensors")
     plan = folder / "plan.onnx"
     plan.write_bytes(place_external(graph, spans, "weights.safetensors").SerializeToString())
     engine = OnnxRuntimeEngine(plan, folder / "weights.safetensors", threads=1)
@@ -145,7 +104,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module", params=COMPONENTS)
 def in_bf16(request: pytest.FixtureRequest) -> Graph:
-    return trace(request.param, CLASSIFIER_FREE, dtype="bf16")
+    return traced_once(request.param, CLASSIFIER_FREE, "bf16")
 
 
 def feeds(case: str) -> Iterator[Feed]:

@@ -1,15 +1,18 @@
 """Weight files, read back with safetensors' own reader."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession, SessionOptions
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
 
-from export.trace import Graph, WeightSlot
+from export.quantize import FP8_DTYPE
+from export.trace import Graph, ScaleSlot, WeightSlot
 from export.weights import RandomSource, place_external, write_weights
 from flux2_trt.errors import CheckpointError
 from flux2_trt.inventory import expected_tensors
@@ -96,3 +99,55 @@ def test_random_weights_depend_on_seed_and_name_alone():
     # a linear of K inputs keeps the size of its activations: deviation 1/sqrt(K), of 110,592 samples
     hidden_size = published_spec("tiny").transformer.hidden_size
     assert first.read(names[0]).std() == pytest.approx(hidden_size**-0.5, rel=0.01)
+
+
+ROWS = {
+    "random": np.random.default_rng(0).standard_normal(4096),
+    "outlier": np.r_[np.random.default_rng(1).standard_normal(4095), 3e4],
+    "tiny values": np.random.default_rng(2).standard_normal(4096) * 1e-30,
+    "denormals": np.random.default_rng(3).standard_normal(4096) * 1e-41,
+    "zeros": np.zeros(4096),
+    "one sign": -np.ones(4096),
+}
+
+
+@pytest.fixture
+def fp8_graph(graph: Graph) -> Graph:
+    """The linear above with 64 x 64 weights in FP8."""
+    slots = {
+        "weight": WeightSlot((64, 64), FP8_DTYPE, transposed=True),
+        "bias": WeightSlot((2,), "bfloat16", transposed=False),
+    }
+    scales = {"a.quantize": ScaleSlot("quantize", ("weight",)), "a.dequantize": ScaleSlot("dequantize", ("weight",))}
+    return replace(graph, weights=slots, scales=scales)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_fp8_weights_come_back_within_the_formats_bound(fp8_graph, tmp_path, kind):
+    """Read by safetensors and torch: half a step of 3 mantissa bits, or of the smallest subnormal."""
+    weight = ROWS[kind].astype(np.float32).reshape(64, 64)
+    path = tmp_path / "weights.safetensors"
+    write_weights(fp8_graph, Source({"weight": weight, "bias": BIAS}), path, {"weight": 0.125})
+    stored = load_torch_file(path)
+    assert stored["weight"].dtype == torch.float8_e4m3fn and stored["bias"].dtype == torch.bfloat16
+    assert stored["a.quantize"].tolist() == [8.0]
+    scale = float(stored["a.dequantize"].double()) / 0.125
+    values = stored["weight"].double().T.numpy() * scale
+    assert np.isfinite(values).all()
+    bound = np.maximum(np.abs(weight) * 2.0**-4, scale * 2.0**-10) * (1 + 1e-5)
+    assert (np.abs(values - weight) <= bound).all()
+    if kind not in ("zeros", "denormals"):
+        assert float(stored["weight"].float().abs().max()) == 448.0
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_fp8_refuses_what_is_no_number_by_name(fp8_graph, tmp_path, wrong):
+    weight = np.ones((64, 64), np.float32)
+    weight[3, 5] = wrong
+    with pytest.raises(CheckpointError, match="weight holds NaN or infinity"):
+        write_weights(fp8_graph, Source({"weight": weight, "bias": BIAS}), tmp_path / "w", {"weight": 1.0})
+
+
+def test_a_linear_without_an_input_scale_is_named(fp8_graph, tmp_path):
+    with pytest.raises(CheckpointError, match="weight has no input scale; calibrate the model, or build it in bf16"):
+        write_weights(fp8_graph, Source({"weight": np.ones((64, 64), np.float32), "bias": BIAS}), tmp_path / "w")

@@ -1,0 +1,63 @@
+"""Recipes: the number format of everything that a component computes with. Data only.
+
+FP8 is E4M3 with one scale a tensor, for weights and for inputs of linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from flux2_trt.errors import UsageError
+from flux2_trt.spec import Component
+
+Dtype = Literal["fp32", "bf16"]
+Format = Literal["fp8"]
+
+QUANTIZED_LINEARS: Mapping[Component, str] = {
+    "transformer": r"(double|single)_blocks\.\d+\..+\.weight",
+    "text_encoder": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
+}
+"""Names of the weights of linears that a recipe may quantize, as regular expressions."""
+
+QUANTIZED_ATTENTION: tuple[Component, ...] = ("transformer",)
+"""Components whose attention a recipe may quantize: the text encoder runs once, on few tokens."""
+
+KEPT: Mapping[str, str] = {
+    "img_in, final_layer.linear": "128 channels on one side: no time to gain, and their errors go straight to latents",
+    "conditioning": "runs once a picture, and an error of its modulation multiplies every token of every block",
+    "norms": "vectors",
+    "embed_tokens": "a lookup",
+    "vae_encoder, vae_decoder": "convolutions, whose errors are seen in every pixel",
+}
+"""What stays in `Recipe.dtype` in every recipe, and why."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`dtype`: of all that is not quantized, and of activations. `linears`: of the inputs and weights of
+    `QUANTIZED_LINEARS`. `attention`: of queries, keys, probabilities and values in the transformer."""
+
+    name: str
+    dtype: Dtype
+    linears: Format | None = None
+    attention: Format | None = None
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("fp32", "fp32"),
+        Recipe("bf16", "bf16"),
+        Recipe("fp8", "bf16", linears="fp8"),
+        Recipe("fp8-attention", "bf16", linears="fp8", attention="fp8"),
+    )
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """Raises UsageError for a name that is not in `RECIPES`."""
+    if name not in RECIPES:
+        raise UsageError(f"unknown precision {name!r}; known are {', '.join(RECIPES)}")
+    return RECIPES[name]

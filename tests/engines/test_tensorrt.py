@@ -1,0 +1,112 @@
+"""Plans for RTX targets, compiled here without a GPU: compiled, not run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diffusers_models import small_spec, traced_once
+
+from engines.build import BuildReport, BuildRequest, build, lost_formats
+from engines.shapes import ShapeRequest, profiles
+from engines.targets import TARGETS
+from engines.tensorrt import compile_plan
+from export.quantize import quantize
+from export.recipes import RECIPES
+from flux2_trt.bundle import Bundle
+from flux2_trt.errors import Flux2Error, Interrupted
+from flux2_trt.models import published_spec
+
+pytest.importorskip("tensorrt_rtx")
+
+FP8_ATTENTION = RECIPES["fp8-attention"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
+    request = BuildRequest(
+        "tiny",
+        target="rtx4090",
+        precision="fp8-attention",
+        checkpoint="random:0",
+        sizes=("512",),
+        output=tmp_path_factory.mktemp("store"),
+    )
+    return build(request, lambda message: None)
+
+
+def test_every_linear_and_attention_is_what_the_recipe_says(report: BuildReport) -> None:
+    layers = {component.name: component.layers["profiles"] for component in report.components}
+    spec = published_spec("tiny")
+    (transformer,) = layers["transformer"]
+    blocks = (spec.transformer.num_double_blocks, spec.transformer.num_single_blocks)
+    assert transformer["gemms"]["FP8"] == 8 * blocks[0] + 2 * blocks[1]
+    assert transformer["fused_attentions"] == {"FP8": sum(blocks)}
+    (text_encoder,) = layers["text_encoder"]
+    assert text_encoder["gemms"] == {"FP8": 7 * spec.text_encoder.num_layers}
+    assert text_encoder["fused_attentions"] == {"BFloat16": spec.text_encoder.num_layers}
+    assert set(layers["conditioning"][0]["gemms"]) == {"BFloat16"}
+
+
+def test_a_bundle_of_made_up_weights_holds_plans_and_a_seed(report: BuildReport) -> None:
+    bundle = Bundle.open(report.bundle)
+    bundle.verify()
+    assert bundle.manifest.source == {"random": 0}
+    assert {record.weight_placement for record in bundle.manifest.components} == {"bound"}
+    assert all(record.weights is None for record in bundle.manifest.components)
+    assert {record.compiler for record in bundle.manifest.components} == {"tensorrt_rtx"}
+    assert not (Path(report.bundle) / "weights").exists()
+    assert not bundle.manifest.makes_pictures
+
+
+def test_the_same_request_finds_it_again_and_other_shapes_do_not(report: BuildReport) -> None:
+    request = BuildRequest(
+        "tiny",
+        target="rtx4090",
+        precision="fp8-attention",
+        checkpoint="random:0",
+        sizes=("512",),
+        output=Path(report.bundle).parents[1],
+    )
+    again = build(request, lambda message: None)
+    assert again.reused and again.bundle == report.bundle
+    other = build(replace(request, max_batch=2, components=("conditioning",)), lambda message: None)
+    assert not other.reused
+
+
+def test_the_compilers_words_reach_the_user() -> None:
+    """FP8 on a GPU that has none."""
+    spec = small_spec()
+    graph = quantize(traced_once("text_encoder", spec, "bf16"), FP8_ATTENTION)
+    with pytest.raises(Flux2Error, match=r"cannot compile text_encoder for rtx3090: .*fp8_e4m3"):
+        compile_plan(graph, profiles("text_encoder", spec, ShapeRequest()), TARGETS["rtx3090"])
+
+
+def test_a_build_can_be_cancelled() -> None:
+    spec = small_spec()
+    graph = traced_once("conditioning", spec, "bf16")
+    told: list[str] = []
+
+    def stop(phase: str, step: int, steps: int) -> bool:
+        told.append(phase)
+        assert 1 <= step <= steps
+        return len(told) < 3
+
+    with pytest.raises(Interrupted, match="conditioning was cancelled"):
+        compile_plan(graph, profiles("conditioning", spec, ShapeRequest()), TARGETS["rtx5090"], stop)
+    assert 3 <= len(told) < 10
+
+
+def test_what_the_compiler_did_not_give_is_an_error() -> None:
+    """A bf16 plan where the recipe wanted FP8."""
+    spec = small_spec()
+    graph = traced_once("text_encoder", spec, "bf16")
+    compiled = compile_plan(graph, profiles("text_encoder", spec, ShapeRequest()), TARGETS["rtx4090"])
+    assert lost_formats(graph, RECIPES["bf16"], compiled.report) == ""
+    wanted = quantize(graph, FP8_ATTENTION)
+    assert lost_formats(wanted, FP8_ATTENTION, compiled.report).startswith(
+        "14 of 14 linears have no FP8 kernel in profile 0 (layers.0.self_attn.q_proj.weight, "
+    )
+    one_more = replace(graph, attentions=graph.attentions + 1)
+    assert "2 of 3 attentions are a fused kernel" in lost_formats(one_more, RECIPES["bf16"], compiled.report)
