@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from engines.calibration import check_weights
 from engines.layers import FP8, LayerReport
 from engines.shapes import DEFAULT_SIZES, ShapeRequest, profiles
 from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, Target, resolve_precision, resolve_target
 from engines.tensorrt import DECOMPOSABLE, compile_plan, load_compiler
-from export.quantize import FP8_DTYPE, quantize
-from export.recipes import QUANTIZED_ATTENTION, Recipe, recipe_named
+from export.calibrate import Calibration
+from export.quantize import FP8_DTYPE, FP8_MAX, quantize
+from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Recipe, recipe_named
 from export.trace import OPSET, Graph, trace
 from export.weights import FAMILY_OF, TensorSource, place_external, write_weights
 from flux2_trt.bundle import Bundle
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error, UsageError
+from flux2_trt.inventory import expected_tensors
 from flux2_trt.manifest import ComponentRecord, FileRecord, content_key
 from flux2_trt.naming import Family
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
@@ -32,6 +36,7 @@ from flux2_trt.store import Store
 
 EXPORT = Path(__file__).parents[1] / "export"
 PACKAGES = ("torch", "onnx", "onnxscript")
+SYNTHETIC_INPUT_SCALE = 8 / FP8_MAX  # inputs of synthetic weights are about normal
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class BuildRequest:
     weights: str | None = None
     components: tuple[str, ...] | None = None
     checkpoint: str | None = None
+    calibration: Path | None = None
     sizes: tuple[str, ...] = DEFAULT_SIZES
     max_batch: int = 1
     max_references: int = 1
@@ -99,9 +105,11 @@ def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildRep
     shapes = ShapeRequest(request.sizes, request.max_batch, request.max_references)
     source = resolve_source(request.model, request.checkpoint)
     components = _components(source, request.components)
-    job = _Job(source, components, target, recipe_named(precision), shapes)
-    _check_ranges(job)
+    recipe = recipe_named(precision)
+    recipe = replace(recipe, dtype=target.dtype or recipe.dtype)
     identity = source.identity()
+    scales = _input_scales(request, source, recipe, identity)
+    job = _Job(source, components, target, recipe, shapes, scales)
     key = content_key(
         {
             "export": _code_digest(),
@@ -110,6 +118,7 @@ def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildRep
             "opset": OPSET,
             "model": source.spec.to_dict(),
             "weights": identity,
+            "input_scales": scales,
             "components": list(components),
             "target": asdict(target) | {"precisions": precision},
             "shapes": asdict(shapes) if target.ahead_of_time else None,
@@ -144,6 +153,7 @@ class _Job:
     target: Target
     recipe: Recipe
     shapes: ShapeRequest
+    input_scales: Mapping[str, float]
 
     @property
     def writes_weights(self) -> bool:
@@ -151,12 +161,32 @@ class _Job:
         return self.source.seed is None or self.target.weight_placement != "bound"
 
 
-def _check_ranges(job: _Job) -> None:
-    if job.recipe.linears and job.source.seed is None:
+def _input_scales(
+    request: BuildRequest, source: ModelSource, recipe: Recipe, identity: dict[str, Any]
+) -> dict[str, float]:
+    """From the calibration of these weights, or made up as the weights are; none where nothing is quantized."""
+    if recipe.linears is None:
+        if request.calibration:
+            raise UsageError(f"precision {recipe.name} quantizes nothing; leave --calibration out")
+        return {}
+    if source.seed is not None:
+        return {
+            name: SYNTHETIC_INPUT_SCALE
+            for component, pattern in QUANTIZED_LINEARS.items()
+            if component in source.spec.components
+            for name in expected_tensors(source.spec, FAMILY_OF[component])
+            if re.fullmatch(pattern, name)
+        }
+    file = request.calibration or source.calibration
+    if file is None:
         raise UsageError(
-            f"precision {job.recipe.name} needs the ranges of activations, which this version does not calibrate; give "
-            "--precision bf16, or --checkpoint random:0 to compile with synthetic weights"
+            f"precision {recipe.name} needs a calibration of these weights; make one (flux2-trt calibrate "
+            f"{request.model} --pictures FOLDER -o scales.json) and give it (--calibration scales.json), or build "
+            "with --precision bf16"
         )
+    calibration = Calibration.read(file)
+    check_weights(calibration, identity, file)
+    return dict(calibration.input_scales)
 
 
 def _make(
@@ -175,7 +205,7 @@ def _make(
         if job.writes_weights:
             on_progress(f"writing the weights of {component}")
             path = draft.weights_path(component)
-            spans = write_weights(graph, opened[FAMILY_OF[component]], path)
+            spans = write_weights(graph, opened[FAMILY_OF[component]], path, job.input_scales)
             weights = draft.record(path)
         on_progress(f"compiling {component}")
         if job.target.compiler == "onnxruntime":

@@ -19,18 +19,23 @@ from flux2_trt.naming import FAMILIES, Family
 from flux2_trt.shards import open_tensor_files
 from flux2_trt.spec import ModelSpec
 
+CALIBRATION = "calibration.json"
 TINY = Path(models.__file__).parent / "assets" / "tiny"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model to build: `paths` to its weights by family, or the `seed` of synthetic ones."""
+    """A model to build: `paths` to its weights by family, or the `seed` of synthetic ones.
+
+    `calibration`: the file that comes with the model, if one does.
+    """
 
     spec: ModelSpec
     paths: Mapping[Family, Path] = field(default_factory=dict)
     tokenizer: Path | None = None
     revisions: Mapping[str, str] = field(default_factory=dict)
     seed: int | None = None
+    calibration: Path | None = None
 
     def open(self, family: Family) -> TensorSource:
         """The tensors of one family, verified against the spec. Raises CheckpointError for what does not fit."""
@@ -72,7 +77,8 @@ def resolve_source(model: str, checkpoint: str | None) -> ModelSource:
     if checkpoint:
         return _from_path(Path(checkpoint), spec)
     if spec.name == "tiny":
-        return ModelSource(spec, {family: TINY / f"{family}.safetensors" for family in FAMILIES}, TINY / TOKENIZER)
+        paths: dict[Family, Path] = {family: TINY / f"{family}.safetensors" for family in FAMILIES}
+        return ModelSource(spec, paths, TINY / TOKENIZER, calibration=TINY / CALIBRATION)
     return _downloaded(spec, {})
 
 

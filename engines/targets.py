@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from export.recipes import Dtype
 from flux2_trt.errors import UsageError
 from flux2_trt.manifest import WeightPlacement
 
@@ -14,6 +15,7 @@ class Target:
     """A device type, the compiler for it and the precisions that it runs; the first is the default.
 
     `compute_capability`: the compiler's name for it where plans are compiled ahead of time, without the device.
+    `dtype`: what it computes in whatever the recipe says; quantized values are then rounded, and multiplied in that.
     """
 
     name: str
@@ -21,6 +23,7 @@ class Target:
     precisions: tuple[str, ...]
     weight_placement: WeightPlacement
     compute_capability: str | None = None
+    dtype: Dtype | None = None
 
     @property
     def ahead_of_time(self) -> bool:
@@ -35,7 +38,7 @@ _FP8 = ("fp8", "fp8-attention", "bf16")
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "onnxruntime", ("fp32",), "external"),
+        Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention"), "external", dtype="fp32"),
         _rtx("rtx4090", "SM89", *_FP8),
         _rtx("l40s", "SM89", *_FP8),
         _rtx("rtx5090", "SM120", *_FP8),

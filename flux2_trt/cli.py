@@ -141,6 +141,7 @@ def build(
     precision: Annotated[str | None, typer.Option(help="Number format (default: the target's).")] = None,
     components: Annotated[str | None, typer.Option(help="Only these, with commas between them.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights from here; random:SEED makes some up.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Ranges of activations, for FP8.")] = None,
     sizes: Annotated[str, typer.Option(help="Size classes to compile for: 512, 1mp, 4mp.")] = "1mp,4mp",
     max_batch: Annotated[int, typer.Option(help="Most pictures in one batch.")] = 1,
     max_references: Annotated[int, typer.Option(help="Most reference pictures of 1 MP each.")] = 1,
@@ -160,6 +161,7 @@ def build(
         precision=precision,
         components=names,
         checkpoint=checkpoint,
+        calibration=calibration,
         sizes=_split(sizes),
         max_batch=max_batch,
         max_references=max_references,
@@ -168,6 +170,28 @@ def build(
     how = "was there already" if report["reused"] else f"built in {report['seconds']:.1f} s"
     console.note(f"{report['model']} for {report['target']} in {report['precision']}: {how}")
     console.line(Path(report["bundle"]))
+    console.object(report)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="tiny, dev, klein-4b, ..., a diffusers folder, or a .safetensors file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder of pictures with prompts: cat.png and cat.txt (tiny has its own).")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Pictures to use.")] = 32,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights from here.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the ranges of activations, which FP8 needs, and print the path of the file."""
+    from flux2_trt.runner import calibrate_model
+
+    console = _console(json, quiet)
+    report = calibrate_model(console, output, model, checkpoint, pictures, samples, device)
+    console.line(output)
     console.object(report)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,11 +218,35 @@ class Runner:
 
 def build_bundle(console: Console, **request: Any) -> dict[str, Any]:
     """Build; the report as plain values. Arguments are those of `engines.build.BuildRequest`."""
+    with _building(console):
+        from engines.build import BuildRequest, build
+
+        return build(BuildRequest(**request), on_progress=console.note).to_dict()
+
+
+def calibrate_model(console: Console, output: Path, *request: Any) -> dict[str, Any]:
+    """Calibrate and write the file. Arguments are those of `engines.calibration.calibrate`, without the last."""
+    with _building(console):
+        from engines.calibration import calibrate
+
+        if not output.absolute().parent.is_dir():
+            raise UsageError(f"{output.parent} is no folder; give a file in one that exists")
+        calibration = calibrate(*request, on_progress=console.note)
+        calibration.write(output)
+        return {
+            "calibration": str(output),
+            "model": calibration.model,
+            "samples": calibration.samples,
+            "linears": len(calibration.input_scales),
+        }
+
+
+@contextmanager
+def _building(console: Console) -> Iterator[None]:
+    """What needs the packages of a build, and prints with them."""
     try:
         with console.clean_results():
-            from engines.build import BuildRequest, build
-
-            return build(BuildRequest(**request), on_progress=console.note).to_dict()
+            yield
     except ModuleNotFoundError as error:
         raise Flux2Error(
             f"building needs the package {error.name!r}, which is not installed; pip install torch onnx onnxscript"

@@ -38,6 +38,19 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def attention_masks(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a padding mask [B, T]: which tokens each one attends to, bool [B, 1, T, T], and whether to any [B, T, 1].
+
+    One that sees no token, as left padding does, is made to see itself, and what comes of it is for the caller to drop.
+    """
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    causal = positions[:, None] >= positions
+    visible = causal & attention_mask.bool()[:, None, None, :]
+    sees = visible.any(dim=-1, keepdim=True)
+    visible = visible | (~sees & (positions[:, None] == positions))
+    return visible, sees.squeeze(1)
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention."""
 
@@ -110,12 +123,7 @@ class TextEncoder(nn.Module):
         """
         length = input_ids.shape[1]
         cos, sin = rotary_tables(length, self.spec.head_dim, self.spec.rope_theta, input_ids.device)
-        positions = torch.arange(length, device=input_ids.device)
-        causal = positions[:, None] >= positions
-        visible = causal & attention_mask.bool()[:, None, None, :]
-        sees = visible.any(dim=-1, keepdim=True)
-        visible = visible | (~sees & (positions[:, None] == positions))
-        sees = sees.squeeze(1)
+        visible, sees = attention_masks(attention_mask)
 
         x = self.embed_tokens(input_ids)
         states = [x]

@@ -155,6 +155,12 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale, self.eps))
 
 
+def split_modulation(modulation: Tensor, hidden_size: int) -> tuple[Tensor, ...]:
+    """Rows of the conditioning table [B, 17*d] to those of image, text, single blocks and final layer, [B, 1, n*d]."""
+    d = hidden_size
+    return modulation.unsqueeze(1).split((6 * d, 6 * d, 3 * d, 2 * d), dim=-1)
+
+
 class Transformer(nn.Module):
     """One denoising step.
 
@@ -171,8 +177,7 @@ class Transformer(nn.Module):
 
     def velocity(self, latents: Tensor, modulation: Tensor, text_tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The flow-matching velocity [B, N, C] in the compute dtype; arguments as in `forward`."""
-        d = self.hidden_size
-        img_row, txt_row, single_row, final_row = modulation.unsqueeze(1).split((6 * d, 6 * d, 3 * d, 2 * d), dim=-1)
+        img_row, txt_row, single_row, final_row = split_modulation(modulation, self.hidden_size)
         img, txt = self.img_in(latents.to(text_tokens.dtype)), text_tokens
         for block in self.double_blocks:
             img, txt = block(img, txt, img_row, txt_row, cos, sin)

@@ -1,0 +1,101 @@
+"""Calibration of a model: from a folder of pictures with their prompts, or `tiny`'s own scenes, to a small file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.sources import ModelSource, resolve_source
+from export.calibrate import Calibration, CalibrationSample, Pixels, input_scales
+from flux2_trt.errors import UsageError
+from flux2_trt.images import load_reference, prepare_reference, reference_max_area
+from flux2_trt.spec import ModelSpec
+from flux2_trt.text import PromptTokenizer
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SEED = 0
+
+
+def calibrate(
+    model: str,
+    checkpoint: str | None,
+    pictures: Path | None,
+    samples: int,
+    device: str,
+    on_progress: Callable[[str], None],
+) -> Calibration:
+    """Measure the input scales of a model. Raises UsageError for a request that cannot be met."""
+    if samples < 1:
+        raise UsageError(f"--samples is {samples}; it is at least 1")
+    source = resolve_source(model, checkpoint)
+    if source.seed is not None:
+        raise UsageError(f"{checkpoint} has no ranges to measure; synthetic weights come with synthetic scales")
+    if source.tokenizer is None or source.spec.prompt is None:
+        raise UsageError(f"{source.spec.name} has no text encoder, or none with weights; calibration needs its prompts")
+    chosen = _samples(source, pictures, samples)
+    tokenizer = PromptTokenizer.from_file(source.tokenizer, source.spec.prompt)
+    scales = input_scales(source.spec, source.open, tokenizer, chosen, device, on_progress)
+    return Calibration(source.spec.name, source.identity(), len(chosen), scales)
+
+
+def _samples(source: ModelSource, pictures: Path | None, count: int) -> list[CalibrationSample]:
+    if pictures is not None:
+        return folder_samples(pictures, source.spec, count)
+    if source.spec.name != "tiny":
+        raise UsageError(
+            f"{source.spec.name} is calibrated on pictures; give --pictures FOLDER, where every picture has its prompt "
+            "beside it: cat.png and cat.txt"
+        )
+    return scene_samples(source.spec, count)
+
+
+def folder_samples(folder: Path, spec: ModelSpec, count: int) -> list[CalibrationSample]:
+    """The first `count` pictures of a folder by name, each with the prompt in the text file of its name.
+
+    Every second one has the picture before it as its reference, so that reference tokens are seen. Raises UsageError
+    for a folder without such pairs, ImageError for a picture that cannot be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; give one with pictures and their prompts: cat.png and cat.txt")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    pairs = [(path, path.with_suffix(".txt")) for path in paths if path.with_suffix(".txt").is_file()]
+    if not pairs:
+        raise UsageError(f"{folder} has no picture with a prompt beside it; add some: cat.png and cat.txt")
+    area, multiple = reference_max_area(1, cap=spec.sampling.max_reference_area), spec.autoencoder.pixels_per_token
+    chosen: list[CalibrationSample] = []
+    for picture, prompt in pairs[:count]:
+        pixels: Pixels = prepare_reference(load_reference(picture), area, multiple)
+        references = (chosen[-1].picture,) if len(chosen) % 2 else ()
+        chosen.append(CalibrationSample(prompt.read_text(encoding="utf-8").strip(), pixels, references))
+    return chosen
+
+
+def scene_samples(spec: ModelSpec, count: int) -> list[CalibrationSample]:
+    """Scenes of `tiny`'s training set: pictures from text, edits and combinations in turn."""
+    from export.tiny.dataset import DRAW, sample
+    from export.tiny.scenes import render
+
+    rng, kinds, size = np.random.default_rng(SEED), list(DRAW), (spec.sampling.width, spec.sampling.height)
+    drawn = [sample(rng, kind=kinds[index % len(kinds)]) for index in range(count)]
+    return [
+        CalibrationSample(
+            each.prompt, render(each.target, *size), tuple(render(scene, *size) for scene in each.references)
+        )
+        for each in drawn
+    ]
+
+
+def check_weights(calibration: Calibration, identity: Mapping[str, Any], where: Path) -> None:
+    """Raises UsageError where a calibration was measured with other weights."""
+    if _digests(calibration.weights) != _digests(identity):
+        raise UsageError(
+            f"{where} was measured with other weights of {calibration.model}; make it again: flux2-trt calibrate"
+        )
+
+
+def _digests(identity: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The digests of an identity without the names of files, which a copy may change."""
+    return {family: sorted(files.values()) for family, files in identity["weights_sha256"].items()}
