@@ -23,8 +23,9 @@ from export.calibrate import Calibration
 from export.quantize import FP8_DTYPE, FP8_MAX, quantize
 from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Recipe, recipe_named
 from export.trace import OPSET, Graph, trace
-from export.weights import FAMILY_OF, TensorSource, place_external, write_weights
+from export.weights import FAMILY_OF, NO_SCALES, Scales, TensorSource, place_external, write_weights
 from flux2_trt.bundle import Bundle
+from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error, UsageError
 from flux2_trt.inventory import expected_tensors
@@ -108,7 +109,7 @@ def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildRep
     recipe = recipe_named(precision)
     recipe = replace(recipe, dtype=target.dtype or recipe.dtype)
     identity = source.identity()
-    scales = _input_scales(request, source, recipe, identity)
+    scales = _scales(request, source, recipe, identity)
     job = _Job(source, components, target, recipe, shapes, scales)
     key = content_key(
         {
@@ -118,7 +119,7 @@ def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildRep
             "opset": OPSET,
             "model": source.spec.to_dict(),
             "weights": identity,
-            "input_scales": scales,
+            "scales": asdict(scales),
             "components": list(components),
             "target": asdict(target) | {"precisions": precision},
             "shapes": asdict(shapes) if target.ahead_of_time else None,
@@ -153,7 +154,7 @@ class _Job:
     target: Target
     recipe: Recipe
     shapes: ShapeRequest
-    input_scales: Mapping[str, float]
+    scales: Scales
 
     @property
     def writes_weights(self) -> bool:
@@ -161,32 +162,41 @@ class _Job:
         return self.source.seed is None or self.target.weight_placement != "bound"
 
 
-def _input_scales(
-    request: BuildRequest, source: ModelSource, recipe: Recipe, identity: dict[str, Any]
-) -> dict[str, float]:
-    """From the calibration of these weights, or made up as the weights are; none where nothing is quantized."""
+def _scales(request: BuildRequest, source: ModelSource, recipe: Recipe, identity: dict[str, Any]) -> Scales:
+    """The scales of these weights: made up as the weights are, or those of the checkpoint, or of a calibration.
+
+    None where nothing is quantized. Raises UsageError where a linear has none.
+    """
     if recipe.linears is None:
         if request.calibration:
             raise UsageError(f"precision {recipe.name} quantizes nothing; leave --calibration out")
-        return {}
+        return NO_SCALES
+    names = {
+        component: [n for n in expected_tensors(source.spec, FAMILY_OF[component]) if re.fullmatch(pattern, n)]
+        for component, pattern in QUANTIZED_LINEARS.items()
+        if component in source.spec.components
+    }
+    quantized = [name for there in names.values() for name in there]
     if source.seed is not None:
-        return {
-            name: SYNTHETIC_INPUT_SCALE
-            for component, pattern in QUANTIZED_LINEARS.items()
-            if component in source.spec.components
-            for name in expected_tensors(source.spec, FAMILY_OF[component])
-            if re.fullmatch(pattern, name)
-        }
-    file = request.calibration or source.calibration
-    if file is None:
+        return Scales(dict.fromkeys(quantized, SYNTHETIC_INPUT_SCALE))
+    inputs: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for component, there in names.items():
+        checkpoint = source.open(FAMILY_OF[component])
+        assert isinstance(checkpoint, Checkpoint)
+        weights |= {name: scale for name in there if (scale := checkpoint.weight_scale(name))}
+        inputs |= {name: scale for name in there if (scale := checkpoint.input_scale(name))}
+    if file := request.calibration or source.calibration:
+        calibration = Calibration.read(file)
+        check_weights(calibration, identity, file)
+        inputs |= calibration.input_scales
+    if missing := [name for name in quantized if name not in inputs]:
         raise UsageError(
-            f"precision {recipe.name} needs a calibration of these weights; make one (flux2-trt calibrate "
-            f"{request.model} --pictures FOLDER -o scales.json) and give it (--calibration scales.json), or build "
-            "with --precision bf16"
+            f"precision {recipe.name} needs a calibration: {len(missing)} of {len(quantized)} linears have no input "
+            f"scale (first {missing[0]}); make one (flux2-trt calibrate {request.model} --pictures FOLDER -o "
+            "scales.json) and give it (--calibration scales.json), or build with --precision bf16"
         )
-    calibration = Calibration.read(file)
-    check_weights(calibration, identity, file)
-    return dict(calibration.input_scales)
+    return Scales({name: inputs[name] for name in quantized}, weights)
 
 
 def _make(
@@ -205,7 +215,7 @@ def _make(
         if job.writes_weights:
             on_progress(f"writing the weights of {component}")
             path = draft.weights_path(component)
-            spans = write_weights(graph, opened[FAMILY_OF[component]], path, job.input_scales)
+            spans = write_weights(graph, opened[FAMILY_OF[component]], path, job.scales)
             weights = draft.record(path)
         on_progress(f"compiling {component}")
         if job.target.compiler == "onnxruntime":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +36,7 @@ STORED_DTYPES: Mapping[str, tuple[str, torch.dtype]] = {
     FP8_DTYPE: ("F8_E4M3", torch.float8_e4m3fn),
 }
 """By the dtype of a slot: safetensors' name, and torch's."""
+ROWS_AT_ONCE = 1024
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # its reciprocal is finite
 HEADER_ALIGNMENT = 64
 
@@ -44,6 +45,21 @@ class TensorSource(Protocol):
     """Anything that gives canonical tensors by name as fp32: a checkpoint, or random values."""
 
     def read(self, name: str) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Scales:
+    """FP8 scales by the names of weights.
+
+    `inputs`: of what a weight is multiplied with, its largest magnitude over 448. `weights`: of weights whose codes a
+    checkpoint has already, so that they stay the same; all others get amax / 448.
+    """
+
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+NO_SCALES = Scales()
 
 
 @dataclass(frozen=True)
@@ -63,31 +79,29 @@ class RandomSource:
 
 
 def write_weights(
-    graph: Graph, source: TensorSource, path: Path, input_scales: Mapping[str, float] | None = None
+    graph: Graph, source: TensorSource, path: Path, scales: Scales = NO_SCALES
 ) -> dict[str, tuple[int, int]]:
     """Write the weights and scales of `graph` to a safetensors file; returns byte offset and length of each in it.
 
-    `input_scales`: by the name of a quantized weight, the scale of what is multiplied with it: its largest magnitude
-    over 448. Linears that share an input take the largest of theirs. Raises CheckpointError where a tensor has not the
-    shape that the graph takes, is not finite, or has no input scale.
+    Linears that share an input take the largest of their input scales. Raises CheckpointError where a tensor has not
+    the shape that the graph takes, is not finite, or has no input scale.
     """
     slots = {**graph.weights, **dict.fromkeys(graph.scales, WeightSlot((1,), "float", transposed=False))}
-    inputs = _shared_input_scales(graph, input_scales or {})
+    inputs = _shared_input_scales(graph, scales.inputs)
     spans, header = _layout(slots)
     weight_scales: dict[str, float] = {}
 
-    def put(name: str, values: torch.Tensor) -> None:
+    def put(name: str, stored: torch.Tensor) -> None:
         file.seek(spans[name][0])
-        file.write(values.to(STORED_DTYPES[slots[name].dtype][1]).view(torch.uint8).numpy().data)
+        file.write(stored.view(torch.uint8).numpy().data)
 
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, slot in graph.weights.items():
-            values = torch.from_numpy(_arranged(name, slot, source.read(name)))
+            values = _checked(name, slot, source.read(name))
             if slot.dtype == FP8_DTYPE:
-                weight_scales[name] = fp8_scale(values)
-                values = (values / weight_scales[name]).clamp_(-FP8_MAX, FP8_MAX)  # a quotient may round up past 448
-            put(name, values)
+                weight_scales[name] = scales.weights.get(name) or fp8_scale(values)
+            put(name, _stored(values, slot, weight_scales.get(name)))
         for name, scale in graph.scales.items():
             weight = scale.weights[0]
             value = 1 / inputs[weight] if scale.kind == "quantize" else inputs[weight] * weight_scales[weight]
@@ -97,7 +111,7 @@ def write_weights(
 
 def fp8_scale(values: torch.Tensor) -> float:
     """amax / 448 in fp32; the smallest normal number where that is less, as for a tensor of zeros."""
-    return max(float(values.abs().max()) / FP8_MAX, SMALLEST_SCALE)
+    return max(*(abs(float(value)) / FP8_MAX for value in values.aminmax()), SMALLEST_SCALE)
 
 
 def _shared_input_scales(graph: Graph, input_scales: Mapping[str, float]) -> dict[str, float]:
@@ -146,10 +160,23 @@ def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, tuple[int, int
     return {name: (start + first, length) for name, (first, length) in places.items()}, header
 
 
-def _arranged(name: str, slot: WeightSlot, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
-    arranged = np.ascontiguousarray(tensor.T if slot.transposed else tensor)
-    if arranged.shape != slot.shape:
-        raise CheckpointError(f"{name} has shape {list(arranged.shape)}; the graph takes {list(slot.shape)}")
-    if not np.isfinite(arranged).all():
+def _checked(name: str, slot: WeightSlot, tensor: NDArray[np.float32]) -> torch.Tensor:
+    shape = tuple(reversed(tensor.shape)) if slot.transposed else tensor.shape
+    if shape != slot.shape:
+        raise CheckpointError(f"{name} has shape {list(shape)}; the graph takes {list(slot.shape)}")
+    values = torch.from_numpy(tensor)
+    if not all(math.isfinite(value) for value in values.aminmax()):
         raise CheckpointError(f"{name} holds NaN or infinity; download the checkpoint again")
-    return arranged
+    return values
+
+
+def _stored(values: torch.Tensor, slot: WeightSlot, scale: float | None) -> torch.Tensor:
+    """`values` in the dtype and layout of the slot; the only other copy in memory is in that dtype."""
+    stored = torch.empty(values.shape, dtype=STORED_DTYPES[slot.dtype][1])
+    for target, part in zip(stored.split(ROWS_AT_ONCE), values.split(ROWS_AT_ONCE), strict=True):
+        # A quotient may round up past 448, which FP8 turns into NaN.
+        target.copy_(part if scale is None else (part / scale).clamp_(-FP8_MAX, FP8_MAX))
+    if not slot.transposed:
+        return stored
+    elements = stored.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[stored.itemsize])
+    return elements.T.contiguous()

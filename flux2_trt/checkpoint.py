@@ -14,6 +14,7 @@ from flux2_trt.errors import CheckpointError
 from flux2_trt.inventory import Shapes, expected_tensors, is_above_used_layers
 from flux2_trt.models import FAMILY
 from flux2_trt.naming import FAMILIES, Family, Source, canonical_sources
+from flux2_trt.quantized import QuantizedTensor, QuantizedWeight, split_quantized
 from flux2_trt.shards import open_tensor_files
 from flux2_trt.spec import ModelSpec
 from flux2_trt.tensor_file import READABLE, Bytes, TensorView
@@ -45,10 +46,12 @@ class Checkpoint:
             stored |= file.tensors
             self.metadata |= file.metadata
         try:
-            sources = canonical_sources(stored, family)
+            plain, quantized = split_quantized(stored, self.metadata)
+            tensors: dict[str, TensorView | QuantizedTensor] = {**plain, **quantized}
+            sources = canonical_sources(tensors, family)
             if not _templates(family) & {_template(name) for name in sources}:
                 raise CheckpointError(f"it holds no {NOUN[family]} of FLUX.2; {_what_else(stored)}")
-            self._views = {name: _arranged(name, source, stored) for name, source in sources.items()}
+            self._views = {name: _arranged(name, source, tensors) for name, source in sources.items()}
         except CheckpointError as error:
             raise CheckpointError(f"{path} cannot be used: {error}") from error
 
@@ -70,12 +73,12 @@ class Checkpoint:
         return self._view(name).dtype
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        """The tensor as a new float32 array: exact from BF16, F16 and F32, rounded from F64.
+        """The tensor as a new float32 array: exact from BF16, F16 and F32, rounded from F64, dequantized from codes.
 
         Raises CheckpointError for a tensor that the checkpoint lacks or stores in another dtype (`raw` gives those).
         """
         view = self._view(name)
-        if view.dtype not in READABLE:
+        if not _is_readable(view):
             raise CheckpointError(
                 f"{self.path}: {name} is {view.dtype}; only {', '.join(READABLE)} are read, give the BF16 checkpoint"
             )
@@ -85,6 +88,16 @@ class Checkpoint:
         """Dtype, shape and the bytes as stored, uint8 `[n]`; a view of the file where they lie in one piece."""
         view = self._view(name)
         return view.dtype, view.shape, view.bytes()
+
+    def weight_scale(self, name: str) -> float | None:
+        """The scale of a weight that is stored in FP8 with one; None for all others."""
+        view = self._view(name)
+        return view.weight_scale if isinstance(view, QuantizedWeight) else None
+
+    def input_scale(self, name: str) -> float | None:
+        """The calibrated FP8 scale of a linear's input by the name of its weight; None where the file has none."""
+        view = self._view(name)
+        return view.input_scale if isinstance(view, QuantizedWeight) else None
 
     def verify(self, spec: ModelSpec) -> None:
         """Checks names, shapes and dtypes against the spec. Raises CheckpointError that lists what differs."""
@@ -96,7 +109,8 @@ class Checkpoint:
             for name, shape in expected.items()
             if name in present and present[name] != shape
         ]
-        unreadable = sorted({self.dtype(name) for name in expected if name in present} - set(READABLE))
+        views = [self._view(name) for name in expected if name in present]
+        unreadable = sorted({view.dtype for view in views if not _is_readable(view)})
         if unreadable:
             raise CheckpointError(
                 f"{self.path} stores weights as {', '.join(unreadable)}; only {', '.join(READABLE)} are read, give the "
@@ -110,7 +124,7 @@ class Checkpoint:
                 lines += [f"  {title}: {_listed(names)}"] if names else []
             raise CheckpointError("\n".join(lines))
 
-    def _view(self, name: str) -> TensorView:
+    def _view(self, name: str) -> TensorView | QuantizedWeight:
         try:
             return self._views[name]
         except KeyError:
@@ -133,8 +147,23 @@ class Checkpoint:
         ]
 
 
-def _arranged(name: str, source: Source, stored: Mapping[str, TensorView]) -> TensorView:
-    parts = [stored[part] for part in source.names]
+def _is_readable(view: TensorView | QuantizedWeight) -> bool:
+    return isinstance(view, QuantizedWeight) or view.dtype in READABLE
+
+
+def _arranged(
+    name: str, source: Source, stored: Mapping[str, TensorView | QuantizedTensor]
+) -> TensorView | QuantizedWeight:
+    plain = [part for stem in source.names if isinstance(part := stored[stem], TensorView)]
+    quantized = [part for stem in source.names if isinstance(part := stored[stem], QuantizedTensor)]
+    if (plain and quantized) or len({(part.layout, part.shape[1]) for part in quantized}) > 1:
+        raise CheckpointError(f"{', '.join(source.names)} differ in how they are stored, so that they make no {name}")
+    if quantized:
+        return QuantizedWeight(tuple(quantized), source.arrangement == "halves_swapped")
+    return _arranged_plainly(name, source, plain)
+
+
+def _arranged_plainly(name: str, source: Source, parts: list[TensorView]) -> TensorView:
     first = parts[0]
     if any((part.dtype, part.shape[1:]) != (first.dtype, first.shape[1:]) or not part.shape for part in parts[1:]):
         raise CheckpointError(f"{', '.join(source.names)} differ in dtype or width, so that they make no {name}")

@@ -333,23 +333,21 @@ def test_half_a_fused_projection_is_reported_under_both_names(tmp_path: Path) ->
         Checkpoint(saved(tmp_path / "x.safetensors", tensors), "transformer").verify(SPEC)
 
 
-def test_quantized_checkpoint_keeps_its_bytes_but_is_not_read(tmp_path: Path) -> None:
+def test_codes_without_a_scale_keep_their_bytes_but_are_not_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file as save_torch_file
 
     name = "single_blocks.0.linear1.weight"
     tensors = {key: torch.from_numpy(value) for key, value in random_tensors(SPEC, "transformer").items()}
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    tensors["single_blocks.0.linear1.weight_scale"] = torch.tensor(0.5)
-    save_torch_file(tensors, tmp_path / "x.safetensors", {"_quantization_metadata": "{}"})
+    save_torch_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     checkpoint = Checkpoint(tmp_path / "x.safetensors", "transformer")
     assert "F8_E4M3" in refused(lambda: checkpoint.verify(SPEC))
     assert "give the BF16 checkpoint" in refused(lambda: checkpoint.read(name))
     dtype, shape, data = checkpoint.raw(name)
     assert (dtype, shape) == ("F8_E4M3", tuple(tensors[name].shape))
     assert data.tobytes() == tensors[name].view(torch.uint8).numpy().tobytes()
-    assert checkpoint.read("single_blocks.0.linear1.weight_scale") == 0.5
-    assert checkpoint.metadata == {"_quantization_metadata": "{}"}
+    assert checkpoint.metadata == {"format": "pt"}
 
 
 def test_raw_puts_fused_tensors_together(tmp_path: Path) -> None:

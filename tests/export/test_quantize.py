@@ -17,7 +17,7 @@ from export.modules import build_module
 from export.quantize import FP8_DTYPE, FP8_MAX, quantize
 from export.recipes import RECIPES, Recipe
 from export.trace import Graph
-from export.weights import place_external, write_weights
+from export.weights import Scales, place_external, write_weights
 from flux2_trt.errors import Flux2Error
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import Component
@@ -88,7 +88,7 @@ def test_the_transformer_is_rounded_as_torch_rounds(
 
 def engine(graph: Graph, state: dict[str, torch.Tensor], folder: Path) -> OnnxRuntimeEngine:
     weights, plan = folder / "weights.safetensors", folder / "plan.onnx"
-    scales = dict.fromkeys(quantized(graph), RANGE / FP8_MAX)
+    scales = Scales(dict.fromkeys(quantized(graph), RANGE / FP8_MAX))
     spans = write_weights(graph, ModuleSource(state), weights, scales)
     plan.write_bytes(place_external(graph, spans, weights.name).SerializeToString())
     return OnnxRuntimeEngine(plan, weights)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file as load_torch_file
 
 from export.quantize import FP8_DTYPE
 from export.trace import Graph, ScaleSlot, WeightSlot
-from export.weights import RandomSource, place_external, write_weights
+from export.weights import RandomSource, Scales, place_external, write_weights
 from flux2_trt.errors import CheckpointError
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.models import published_spec
@@ -127,7 +127,7 @@ def test_fp8_weights_come_back_within_the_formats_bound(fp8_graph, tmp_path, kin
     """Read by safetensors and torch: half a step of 3 mantissa bits, or of the smallest subnormal."""
     weight = ROWS[kind].astype(np.float32).reshape(64, 64)
     path = tmp_path / "weights.safetensors"
-    write_weights(fp8_graph, Source({"weight": weight, "bias": BIAS}), path, {"weight": 0.125})
+    write_weights(fp8_graph, Source({"weight": weight, "bias": BIAS}), path, Scales({"weight": 0.125}))
     stored = load_torch_file(path)
     assert stored["weight"].dtype == torch.float8_e4m3fn and stored["bias"].dtype == torch.bfloat16
     assert stored["a.quantize"].tolist() == [8.0]
@@ -140,12 +140,26 @@ def test_fp8_weights_come_back_within_the_formats_bound(fp8_graph, tmp_path, kin
         assert float(stored["weight"].float().abs().max()) == 448.0
 
 
+def test_codes_of_a_checkpoint_stay_as_they_are(fp8_graph, tmp_path):
+    """Its scale need not be amax / 448; rounding twice would change codes."""
+    codes = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).mul(90).to(torch.float8_e4m3fn)
+    scale = 0.0123
+    source = Source({"weight": (codes.float() * scale).numpy(), "bias": BIAS})
+    path = tmp_path / "weights.safetensors"
+    write_weights(fp8_graph, source, path, Scales({"weight": 1.0}, {"weight": scale}))
+    stored = load_torch_file(path)
+    assert torch.equal(stored["weight"].T.view(torch.uint8), codes.view(torch.uint8))
+    assert stored["a.dequantize"].tolist() == [pytest.approx(scale)]
+    write_weights(fp8_graph, source, path, Scales({"weight": 1.0}))
+    assert not torch.equal(load_torch_file(path)["weight"].T.view(torch.uint8), codes.view(torch.uint8))
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_fp8_refuses_what_is_no_number_by_name(fp8_graph, tmp_path, wrong):
     weight = np.ones((64, 64), np.float32)
     weight[3, 5] = wrong
     with pytest.raises(CheckpointError, match="weight holds NaN or infinity"):
-        write_weights(fp8_graph, Source({"weight": weight, "bias": BIAS}), tmp_path / "w", {"weight": 1.0})
+        write_weights(fp8_graph, Source({"weight": weight, "bias": BIAS}), tmp_path / "w", Scales({"weight": 1.0}))
 
 
 def test_a_linear_without_an_input_scale_is_named(fp8_graph, tmp_path):
