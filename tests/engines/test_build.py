@@ -1,17 +1,33 @@
 """Requests that cannot be met are refused before anything is made. Builds themselves: tests/test_parity.py."""
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from engines.build import BuildRequest, build
-from engines.sources import resolve_source
+from engines.sources import TINY, resolve_source
+from export.recipes import QUANTIZED_LINEARS
+from flux2_trt.bundle import Bundle
 from flux2_trt.errors import CheckpointError, UsageError
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (BuildRequest("tiny", target="tpu"), r"unknown target 'tpu'; this version builds for cpu"),
-        (BuildRequest("tiny", precision="fp8"), r"target cpu does not run precision 'fp8'; it runs fp32"),
+        (
+            BuildRequest("tiny", target="tpu"),
+            r"unknown target 'tpu'; this version builds for cpu, rtx4090, l40s",
+        ),
+        (BuildRequest("tiny", precision="int2"), r"target cpu does not run precision 'int2'; it runs fp32, fp8, fp8-a"),
+        (
+            BuildRequest("tiny", target="a100", precision="fp8"),
+            r"target a100 does not run precision 'fp8'; it runs bf1",
+        ),
+        (BuildRequest("tiny", target="rtx4090", sizes=("8mp",)), r"unknown size class '8mp'; known are 512, 1mp, 4mp"),
         (BuildRequest("tiny", weights="bound"), r"target cpu takes external weights, not bound"),
         (BuildRequest("tiny", components=("unet",)), r"tiny has no component 'unet'; it has text_encoder, "),
         (BuildRequest("tiny", components=()), r"tiny cannot be built without components"),
@@ -37,3 +53,59 @@ def test_an_empty_folder_is_no_model(tmp_path):
 def test_synthetic_weights_have_no_files_and_say_so():
     source = resolve_source("klein-4b", "random:7")
     assert source.identity() == {"random": 7} and not source.paths
+
+
+LINEAR_SCALE, INPUT_SCALE = 0.0078125, 0.03125
+
+
+@pytest.fixture(scope="module")
+def fp8_folder(tmp_path_factory) -> Path:
+    """`tiny` as a diffusers folder would hold it, its linears in FP8 with scales, as BFL's files have them."""
+    folder = tmp_path_factory.mktemp("fp8")
+    for family, name in (("transformer", "transformer"), ("text_encoder", "text_encoder"), ("autoencoder", "vae")):
+        tensors = load_file(TINY / f"{family}.safetensors")
+        for weight in [name for name in tensors if any(re.fullmatch(p, name) for p in QUANTIZED_LINEARS.values())]:
+            module = weight.removesuffix(".weight")
+            codes = (tensors[weight].float() / LINEAR_SCALE).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors |= {
+                weight: codes,
+                f"{module}.weight_scale": torch.tensor(LINEAR_SCALE),
+                f"{module}.input_scale": torch.tensor(INPUT_SCALE),
+            }
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
+    (folder / "tokenizer").mkdir()
+    shutil.copy(TINY / "tokenizer.json", folder / "tokenizer")
+    return folder
+
+
+def test_an_fp8_checkpoint_needs_no_calibration_and_keeps_its_codes(fp8_folder, tmp_path):
+    request = BuildRequest(
+        "tiny", "cpu", "fp8", components=("text_encoder",), checkpoint=str(fp8_folder), output=tmp_path
+    )
+    report = build(request, lambda message: None)
+    stored = load_file(Bundle.open(report.bundle).weights_path("text_encoder"))
+    given = load_file(fp8_folder / "text_encoder" / "diffusion_pytorch_model.safetensors")
+    name = "layers.1.mlp.down_proj"
+    codes = given[f"{name}.weight"].view(torch.uint8)
+    assert torch.equal(stored[f"{name}.weight"].view(torch.uint8).T, codes)
+    assert stored[f"{name}.quantize"].tolist() == [1 / INPUT_SCALE]
+    assert stored[f"{name}.dequantize"].tolist() == [INPUT_SCALE * LINEAR_SCALE]
+
+
+def test_a_linear_without_an_input_scale_needs_a_calibration(fp8_folder, tmp_path):
+    path = fp8_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    folder = tmp_path / "model"
+    shutil.copytree(fp8_folder, folder)
+    tensors = load_file(path)
+    del tensors["single_blocks.0.linear1.input_scale"]
+    save_file(tensors, folder / "transformer" / path.name)
+    request = BuildRequest("tiny", "cpu", "fp8", checkpoint=str(folder), output=tmp_path / "store")
+    with pytest.raises(UsageError, match=r"1 of 47 linears have no input scale \(first single_blocks\.0\.linear1\.w"):
+        build(request, lambda message: None)
+
+
+def test_a_calibration_goes_with_a_precision_that_quantizes(tmp_path):
+    request = BuildRequest("tiny", "cpu", "fp32", calibration=tmp_path / "scales.json")
+    with pytest.raises(UsageError, match="precision fp32 quantizes nothing; leave --calibration out"):
+        build(request, lambda message: None)
