@@ -13,7 +13,7 @@ from typing import Any
 
 LIST_START = "Layers:"
 FUSED_ATTENTION = "_gemm_mha"
-NO_KERNELS = ("signal", "wait", "shape_call")  # order of streams and shape arithmetic: nothing runs on the GPU
+NO_KERNELS = ("signal", "wait", "shape_call", "allocate", "deallocate")  # nothing runs on the GPU
 FP8 = "FP8"
 
 _LAYER = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[")

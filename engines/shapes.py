@@ -26,9 +26,21 @@ Profile = Mapping[str, Range]
 """The dynamic sides of a component by the names that `export.trace` gives them."""
 
 
-SIZE_CLASSES: Mapping[str, int] = {"512": 512 * 512, "1mp": MEGAPIXEL, "4mp": 4 * MEGAPIXEL}
-"""Pixels of a picture by the name of its class: the most that fit, and those that kernels are chosen for."""
-DEFAULT_SIZES = ("1mp", "4mp")
+@dataclass(frozen=True)
+class SizeClass:
+    """Pictures of up to `most` pixels, with kernels that are chosen for those of `best`."""
+
+    best: int
+    most: int
+
+
+SIZE_CLASSES: Mapping[str, SizeClass] = {
+    "any": SizeClass(MEGAPIXEL, 4 * MEGAPIXEL),
+    "512": SizeClass(512 * 512, 512 * 512),
+    "1mp": SizeClass(MEGAPIXEL, MEGAPIXEL),
+    "4mp": SizeClass(4 * MEGAPIXEL, 4 * MEGAPIXEL),
+}
+DEFAULT_SIZES = ("any",)
 MAX_STEPS = 100
 MIN_TEXT_TOKENS = 16
 """With the 16 tokens of the smallest picture this makes 32, below which TensorRT-RTX 1.7 fuses no FP8 attention."""
@@ -69,33 +81,39 @@ def profiles(component: Component, spec: ModelSpec, request: ShapeRequest) -> Se
         case "conditioning":
             steps = Range(1, spec.sampling.num_inference_steps, MAX_STEPS)
             return [{"steps": steps, "batch": batches, "text_tokens": text}]
-    areas = sorted({min(SIZE_CLASSES[name], spec.sampling.max_side**2) for name in request.sizes})
+    limit = spec.sampling.max_side**2
+    asked = [SIZE_CLASSES[name] for name in request.sizes]
+    classes = {SizeClass(min(each.best, limit), min(each.most, limit)) for each in asked}
+    ordered = sorted(classes, key=lambda each: (each.most, each.best))
     if component == "transformer":
-        return [_transformer_profile(spec, area, request, batches, text) for area in areas]
-    return [_picture_profile(spec, area, Range(1, 1, request.max_batch)) for area in areas]
+        return [_transformer_profile(spec, size, request, batches, text) for size in ordered]
+    return [_picture_profile(spec, size, Range(1, 1, request.max_batch)) for size in ordered]
 
 
-def _transformer_profile(spec: ModelSpec, area: int, request: ShapeRequest, batches: Range, text: Range) -> Profile:
+def _transformer_profile(
+    spec: ModelSpec, size: SizeClass, request: ShapeRequest, batches: Range, text: Range
+) -> Profile:
     pixels = spec.autoencoder.pixels_per_token**2
-    image = area // pixels
+    best, most = size.best // pixels, size.most // pixels
     references = request.max_references * min(MEGAPIXEL, spec.sampling.max_reference_area or MEGAPIXEL) // pixels
     least = spec.sampling.min_side**2 // pixels
-    tokens = Range(least, image, image + references)
-    every = Range(least + text.least, image + text.best, image + references + text.most)
+    tokens = Range(least, best, most + references)
+    every = Range(least + text.least, best + text.best, most + references + text.most)
     return {"batch": batches, "tokens": tokens, "text_tokens": text, "all_tokens": every}
 
 
-def _picture_profile(spec: ModelSpec, area: int, batches: Range) -> Profile:
-    """The best shape is square; sides are free, so that others with up to twice its side fit."""
+def _picture_profile(spec: ModelSpec, size: SizeClass, batches: Range) -> Profile:
+    """The best shape is square; sides are free, so that others with up to twice the side of the largest square fit."""
     pixels, sampling = spec.autoencoder.pixels_per_token, spec.sampling
-    best = math.isqrt(area) // pixels
-    side = Range(sampling.min_side // pixels, best, min(sampling.max_side // pixels, best * 2))
+    best, most = math.isqrt(size.best) // pixels, math.isqrt(size.most) // pixels
+    side = Range(sampling.min_side // pixels, best, min(sampling.max_side // pixels, most * 2))
+    in_pixels = Range(side.least * pixels, side.best * pixels, side.most * pixels)
     return {
         "batch": batches,
         "latent_height": side,
         "latent_width": side,
-        "height": Range(side.least * pixels, side.best * pixels, side.most * pixels),
-        "width": Range(side.least * pixels, side.best * pixels, side.most * pixels),
+        "height": in_pixels,
+        "width": in_pixels,
     }
 
 

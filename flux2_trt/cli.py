@@ -142,7 +142,7 @@ def build(
     components: Annotated[str | None, typer.Option(help="Only these, with commas between them.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights from here; random:SEED makes some up.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Ranges of activations, for FP8.")] = None,
-    sizes: Annotated[str, typer.Option(help="Size classes to compile for: 512, 1mp, 4mp.")] = "1mp,4mp",
+    sizes: Annotated[str, typer.Option(help="any, or kernels of their own for each of 512,1mp,4mp.")] = "any",
     max_batch: Annotated[int, typer.Option(help="Most pictures in one batch.")] = 1,
     max_references: Annotated[int, typer.Option(help="Most reference pictures of 1 MP each.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Bundle store to use (default: yours).")] = None,

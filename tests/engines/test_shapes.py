@@ -45,6 +45,11 @@ def test_a_profile_a_class_the_smallest_first() -> None:
     assert len(profiles("text_encoder", published_spec("dev"), ShapeRequest(("512", "1mp")))) == 1
 
 
+def test_one_profile_by_default_best_at_a_megapixel() -> None:
+    (profile,) = profiles("transformer", published_spec("dev"), ShapeRequest(max_references=0))
+    assert (profile["tokens"].best, profile["tokens"].most) == (4096, 16384)
+
+
 def test_classes_beyond_the_model_are_one() -> None:
     (profile,) = profiles("vae_decoder", published_spec("tiny"), ShapeRequest(("1mp", "4mp")))
     assert profile["height"].most == 512
@@ -59,7 +64,7 @@ def test_shapes_of_an_input() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sizes": ("8mp",)}, r"unknown size class '8mp'; known are 512, 1mp, 4mp"),
+        ({"sizes": ("8mp",)}, r"unknown size class '8mp'; known are any, 512, 1mp, 4mp"),
         ({"sizes": ()}, r"no size class; known are"),
         ({"max_batch": 0}, r"--max-batch is 0; it is at least 1"),
         ({"max_references": -1}, r"--max-references is -1; it is at least 0"),
