@@ -18,7 +18,7 @@ from engines.layers import FP8, LayerReport
 from engines.shapes import DEFAULT_SIZES, ShapeRequest, profiles
 from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, Target, resolve_precision, resolve_target
-from engines.tensorrt import DECOMPOSABLE, compile_plan, load_compiler
+from engines.tensorrt import DECOMPOSABLE, OnPhase, compile_plan, load_compiler
 from export.calibrate import Calibration
 from export.quantize import FP8_DTYPE, FP8_MAX, quantize
 from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Recipe, recipe_named
@@ -35,7 +35,8 @@ from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import Component
 from flux2_trt.store import Store
 
-EXPORT = Path(__file__).parents[1] / "export"
+ENGINES = Path(__file__).parent
+EXPORT = ENGINES.parent / "export"
 PACKAGES = ("torch", "onnx", "onnxscript")
 SYNTHETIC_INPUT_SCALE = 8 / FP8_MAX  # inputs of synthetic weights are about normal
 
@@ -90,9 +91,12 @@ class BuildReport:
         return asdict(self)
 
 
-def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildReport:
+def build(
+    request: BuildRequest, on_progress: Callable[[str], None], on_phase: OnPhase = lambda *_: True
+) -> BuildReport:
     """Trace, fill and compile every component that was asked for, and publish the bundle.
 
+    `on_progress` is told in words what is done, `on_phase` how far the compiler is, which it can stop.
     A bundle made from the same code, packages, weights and request is found and not made again. Raises UsageError
     for a request that cannot be met, CheckpointError for weights that do not fit.
     """
@@ -130,7 +134,7 @@ def build(request: BuildRequest, on_progress: Callable[[str], None]) -> BuildRep
     with store.publish(key, model=source.spec, recipe=precision, target=target.name, on_wait=on_progress) as draft:
         reused = draft.done
         if not reused:
-            _make(draft, job, identity, seconds, on_progress)
+            _make(draft, job, identity, seconds, on_progress, on_phase)
     return _report(draft.bundle, reused, seconds, time.monotonic() - started)
 
 
@@ -200,7 +204,12 @@ def _scales(request: BuildRequest, source: ModelSource, recipe: Recipe, identity
 
 
 def _make(
-    draft: Draft, job: _Job, identity: dict[str, Any], seconds: dict[str, float], on_progress: Callable[[str], None]
+    draft: Draft,
+    job: _Job,
+    identity: dict[str, Any],
+    seconds: dict[str, float],
+    on_progress: Callable[[str], None],
+    on_phase: OnPhase,
 ) -> None:
     opened: dict[Family, TensorSource] = {}
     if job.writes_weights:
@@ -221,7 +230,7 @@ def _make(
         if job.target.compiler == "onnxruntime":
             plan, layers = _compile_external(draft, graph, spans)
         else:
-            plan, layers = _compile_bound(draft, graph, job, on_progress)
+            plan, layers = _compile_bound(draft, graph, job, on_phase)
         records.append(
             ComponentRecord(
                 name=component,
@@ -255,11 +264,9 @@ def _compile_external(
     return draft.record(plan), {"operators": dict(Counter(node.op_type for node in graph.model.graph.node))}
 
 
-def _compile_bound(
-    draft: Draft, graph: Graph, job: _Job, on_progress: Callable[[str], None]
-) -> tuple[FileRecord, dict[str, Any]]:
+def _compile_bound(draft: Draft, graph: Graph, job: _Job, on_phase: OnPhase) -> tuple[FileRecord, dict[str, Any]]:
     """A TensorRT plan, and what its kernels are. Raises Flux2Error where they are not what the recipe says."""
-    compiled = compile_plan(graph, profiles(graph.component, job.source.spec, job.shapes), job.target)
+    compiled = compile_plan(graph, profiles(graph.component, job.source.spec, job.shapes), job.target, on_phase)
     if lost := lost_formats(graph, job.recipe, compiled.report):
         raise Flux2Error(
             f"{job.target.compiler} {compiler_version(job.target)} compiled {graph.component} for {job.target.name} "
@@ -312,8 +319,9 @@ def _report(bundle: Bundle, reused: bool, seconds: dict[str, float], total: floa
 
 
 def _code_digest() -> str:
-    """Digest of the code that makes graphs and weight files: a change there makes another bundle."""
+    """Digest of the code that makes graphs, weight files and plans: a change there makes another bundle."""
     digest = hashlib.sha256()
-    for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py")]):
+    compiling = [ENGINES / "shapes.py", ENGINES / "tensorrt.py"]
+    for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py"), *compiling]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -72,7 +72,7 @@ def compile_plan(
         _allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    monitor = _progress_monitor(trt, on_phase)
+    monitor = _progress_monitor(trt, log, on_phase)
     config.progress_monitor = monitor
     if target.compute_capability:
         config.num_compute_capabilities = 1
@@ -80,6 +80,8 @@ def compile_plan(
     for profile in profiles:
         config.add_optimization_profile(_optimization_profile(builder, graph, profile))
     plan = builder.build_serialized_network(network, config)
+    if log.stopped:
+        raise log.stopped
     if plan is None:
         if monitor.cancelled:
             raise Interrupted(f"the build of {graph.component} was cancelled")
@@ -106,7 +108,11 @@ def _optimization_profile(builder: Any, graph: Graph, profile: Profile) -> Any:
 
 @cache
 def _log_of(compiler: str) -> Any:
-    """The one log of a process: the library keeps the first that it is given."""
+    """The one log of a process: the library keeps the first that it is given.
+
+    A signal of the user's can arrive while the library calls us, and an exception must not pass through its frames:
+    `stopped` keeps it until the build has returned.
+    """
     trt = load_compiler(compiler)
 
     class Log(trt.ILogger):
@@ -119,18 +125,22 @@ def _log_of(compiler: str) -> Any:
         def begin(self) -> None:
             self.messages: list[str] = []
             self.last_error = "it gave no reason"
+            self.stopped: BaseException | None = None
 
         def log(self, severity: Any, message: str) -> None:
-            self.messages.append(message)
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.last_error = message
+            try:
+                self.messages.append(message)
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    self.last_error = message
+            except BaseException as error:  # noqa: BLE001 (raised again by `compile_plan`)
+                self.stopped = error
 
     return Log()
 
 
-def _progress_monitor(trt: Any, on_phase: OnPhase) -> Any:
+def _progress_monitor(trt: Any, log: Any, on_phase: OnPhase) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Tells the outermost phases of a build."""
+        """Tells how far each phase of a build is, and stops the build."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -141,8 +151,11 @@ def _progress_monitor(trt: Any, on_phase: OnPhase) -> Any:
             self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.cancelled |= not on_phase(phase_name, step + 1, self.steps[phase_name])
-            return not self.cancelled
+            try:
+                self.cancelled |= not on_phase(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+            except BaseException as error:  # noqa: BLE001 (raised again by `compile_plan`)
+                log.stopped = error
+            return not self.cancelled and log.stopped is None
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)

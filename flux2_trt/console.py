@@ -56,6 +56,33 @@ class Console:
             yield
 
     @contextmanager
+    def building(self) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], bool]]]:
+        """Two functions: one notes what is done, the other takes a phase of it, its steps done and all of them.
+
+        The phase is a bar on a terminal, and nothing elsewhere.
+        """
+        if self.json or self.quiet or not self.notes.isatty():
+            yield self.note, lambda name, done, total: True
+            return
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        terminal = Terminal(file=self.notes)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=terminal, transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task("", total=None, visible=False)
+
+            def note(text: str) -> None:
+                bar.update(task, visible=False)
+                terminal.print(text, markup=False, highlight=False, soft_wrap=True)
+
+            def show(name: str, done: int, total: int) -> bool:
+                bar.update(task, description=name, completed=done, total=total, visible=True)
+                return True
+
+            yield note, show
+
+    @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         """A bar on a terminal, nothing elsewhere; the function that it gives advances it by one."""
         if self.json or self.quiet or not self.notes.isatty():

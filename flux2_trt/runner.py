@@ -221,7 +221,8 @@ def build_bundle(console: Console, **request: Any) -> dict[str, Any]:
     with _building(console):
         from engines.build import BuildRequest, build
 
-        return build(BuildRequest(**request), on_progress=console.note).to_dict()
+        with console.building() as (note, on_phase):
+            return build(BuildRequest(**request), on_progress=note, on_phase=on_phase).to_dict()
 
 
 def calibrate_model(console: Console, output: Path, *request: Any) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from flux2_trt.store import Store
 COMMAND = [sys.executable, "-m", "flux2_trt.cli"]
 
 
-def publish(model: str = "tiny", recipe: str = "fp32") -> Path:
-    key = content_key({"model": model, "recipe": recipe})
-    with Store().publish(key, model=published_spec(model), recipe=recipe, target="cpu") as draft:
+def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu") -> Path:
+    key = content_key({"model": model, "recipe": recipe, "target": target})
+    with Store().publish(key, model=published_spec(model), recipe=recipe, target=target) as draft:
         if not draft.done:
             records = []
             for component in draft.model.components:
@@ -110,11 +110,16 @@ def bench(monkeypatch, tmp_path) -> Bench:
         precision: str | None = None
         components: tuple[str, ...] | None = None
         checkpoint: str | None = None
+        calibration: Path | None = None
+        sizes: tuple[str, ...] = ("any",)
+        max_batch: int = 1
+        max_references: int = 1
         output: Path | None = None
 
-    def build(request, on_progress):
+    def build(request, on_progress, on_phase):
         bench.builds.append(asdict(request))
         on_progress("tracing transformer")
+        assert on_phase("optimizing", 1, 4)
         print("a library prints this")
         if bench.failure:
             raise bench.failure
@@ -390,13 +395,28 @@ def test_a_terminal_shows_progress_on_stderr_and_never_with_json_or_quiet(bench,
     assert not any("drawing" in flux2("run", "a cube", flag).stderr for flag in ("--json", "--quiet"))
 
 
+def test_bundles_that_this_version_cannot_run_are_passed_over(bench):
+    runs = publish()
+    publish(recipe="fp8", target="rtx4090")
+    assert flux2("run", "a cube").exit_code == 0
+    assert [Path(path) for path in bench.loads] == [runs]
+
+
 # build
+
+
+def test_a_terminal_shows_how_far_the_compiler_is(bench, terminal):
+    terminal.add("<stderr>")
+    shown = flux2("build", "tiny").stderr
+    assert "tracing transformer" in shown and "optimizing" in shown
+    assert not any("optimizing" in flux2("build", "tiny", flag).stderr for flag in ("--json", "--quiet"))
 
 
 def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
     result = flux2(
         "build", "tiny", "--target", "cpu", "--precision", "fp32", "--components", "transformer,vae_decoder",
-        "--checkpoint", "random:3", "--output", str(tmp_path / "home"),
+        "--checkpoint", "random:3", "--calibration", "scales.json", "--sizes", "512, 1mp", "--max-batch", "2",
+        "--max-references", "3", "--output", str(tmp_path / "home"),
     )  # fmt: skip
     assert result.exit_code == 0 and Path(result.stdout.rstrip("\n")).is_dir() and "tracing" in result.stderr
     assert bench.builds == [
@@ -406,6 +426,10 @@ def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
             "precision": "fp32",
             "components": ("transformer", "vae_decoder"),
             "checkpoint": "random:3",
+            "calibration": Path("scales.json"),
+            "sizes": ("512", "1mp"),
+            "max_batch": 2,
+            "max_references": 3,
             "output": tmp_path / "home",
         }
     ]

@@ -98,6 +98,22 @@ def test_a_build_can_be_cancelled() -> None:
     assert 3 <= len(told) < 10
 
 
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+def test_a_signal_during_a_build_ends_it_and_is_passed_on(signal: type[BaseException]) -> None:
+    spec = small_spec()
+
+    def stop(phase: str, step: int, steps: int) -> bool:
+        raise signal
+
+    with pytest.raises(signal):
+        compile_plan(
+            traced_once("conditioning", spec, "bf16"),
+            profiles("conditioning", spec, ShapeRequest()),
+            TARGETS["rtx5090"],
+            stop,
+        )
+
+
 def test_what_the_compiler_did_not_give_is_an_error() -> None:
     """A bf16 plan where the recipe wanted FP8."""
     spec = small_spec()

@@ -17,9 +17,11 @@ from engines.sources import resolve_source
 from export.calibrate import LEVELS_A_SAMPLE, Calibration, input_scales
 from export.modules import build_module
 from export.recipes import QUANTIZED_LINEARS
+from flux2_trt.console import Console
 from flux2_trt.errors import Flux2Error, UsageError
 from flux2_trt.latents import position_ids, rotary_tables
 from flux2_trt.models import published_spec
+from flux2_trt.runner import calibrate_model
 from flux2_trt.schedule import sigmas
 from flux2_trt.spec import Component
 from flux2_trt.text import PromptTokenizer
@@ -85,6 +87,15 @@ def test_every_linear_of_a_recipe_has_a_scale() -> None:
     assert len(calibration.input_scales) == blocks + 7 * spec.text_encoder.num_layers
     assert all(value > 0 for value in calibration.input_scales.values())
     assert set(QUANTIZED_LINEARS) == {"transformer", "text_encoder"}
+
+
+def test_the_command_writes_a_file_that_a_build_takes(tmp_path: Path) -> None:
+    path = tmp_path / "scales.json"
+    report = calibrate_model(Console(quiet=True), path, "tiny", None, None, 2, "cpu")
+    assert report == {"calibration": str(path), "model": "tiny", "samples": 2, "linears": 47}
+    check_weights(Calibration.read(path), TINY.identity(), path)
+    with pytest.raises(UsageError, match="is no folder; give a file in one that exists"):
+        calibrate_model(Console(quiet=True), tmp_path / "no" / "scales.json", "tiny", None, None, 2, "cpu")
 
 
 @pytest.fixture
