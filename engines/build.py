@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engines.calibration import check_weights
-from engines.layers import FP8, LayerReport
+from engines.layers import FP8, NVFP4, LayerReport
 from engines.shapes import DEFAULT_SIZES, ShapeRequest, profiles
 from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, Target, resolve_precision, resolve_target
 from engines.tensorrt import DECOMPOSABLE, OnPhase, compile_plan, load_compiler
 from export.calibrate import Calibration
-from export.quantize import FP8_DTYPE, FP8_MAX, quantize
-from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Recipe, recipe_named
+from export.quantize import FP8_MAX, product_name, quantize
+from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Format, Recipe, recipe_named
 from export.trace import OPSET, Graph, trace
 from export.weights import FAMILY_OF, NO_SCALES, Scales, TensorSource, place_external, write_weights
 from flux2_trt.bundle import Bundle
@@ -38,6 +38,7 @@ from flux2_trt.store import Store
 ENGINES = Path(__file__).parent
 EXPORT = ENGINES.parent / "export"
 PACKAGES = ("torch", "onnx", "onnxscript")
+KERNEL_DTYPES: Mapping[Format, str] = {"fp8": FP8, "nvfp4": NVFP4}
 SYNTHETIC_INPUT_SCALE = 8 / FP8_MAX  # inputs of synthetic weights are about normal
 
 
@@ -279,12 +280,15 @@ def _compile_bound(draft: Draft, graph: Graph, job: _Job, on_phase: OnPhase) -> 
 
 def lost_formats(graph: Graph, recipe: Recipe, report: LayerReport) -> str:
     """What the recipe wanted and the compiler did not give, in words; empty where all is there."""
-    quantized = [name for name, slot in graph.weights.items() if slot.dtype == FP8_DTYPE]
+    products = [product_name(scale.weights[0]) for scale in graph.scales.values() if scale.kind == "dequantize"]
     attention = FP8 if recipe.attention and graph.component in QUANTIZED_ATTENTION else None
     for number, profile in enumerate(report.profiles):
-        if missing := profile.missing_fp8(quantized):
+        if recipe.linears and (missing := profile.missing(products, KERNEL_DTYPES[recipe.linears])):
             names = ", ".join(missing[:3])
-            return f"{len(missing)} of {len(quantized)} linears have no FP8 kernel in profile {number} ({names}, ...)"
+            return (
+                f"{len(missing)} of {len(products)} linears have no {recipe.linears} kernel in profile {number} "
+                f"({names}, ...)"
+            )
         fused = profile.fused_attentions
         there = sum(fused.values()) if attention is None else fused.get(attention, 0)
         if graph.component not in DECOMPOSABLE and there != graph.attentions:

@@ -14,7 +14,8 @@ from typing import Any
 LIST_START = "Layers:"
 FUSED_ATTENTION = "_gemm_mha"
 NO_KERNELS = ("signal", "wait", "shape_call", "allocate", "deallocate")  # nothing runs on the GPU
-FP8 = "FP8"
+FP8, NVFP4 = "FP8", "FP4E2M1+FP8"
+"""Data types of the inputs of a matrix product: NVFP4 has those of its block scales too."""
 
 _LAYER = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[")
 _TENSOR = re.compile(r"Name: (?P<name>[^{}]+?), Dimensions: \[[^]]*\], [^{}]*?Datatype: (?P<dtype>\w+)")
@@ -56,10 +57,10 @@ class ProfileReport:
         """Attentions that are one kernel, by the data types of their inputs."""
         return dict(Counter(layer.dtypes for layer in self.layers if layer.is_fused_attention))
 
-    def missing_fp8(self, weights: Collection[str]) -> list[str]:
-        """Those of `weights` that no matrix product reads as FP8 beside an FP8 input."""
-        there = {name for layer in self.layers if layer.kind == "gemm" and layer.dtypes == FP8 for name in layer.inputs}
-        return [weight for weight in weights if weight not in there]
+    def missing(self, names: Collection[str], dtypes: str) -> list[str]:
+        """Those of `names`, of matrix products in the graph, that are no matrix product in these data types here."""
+        products = [layer for layer in self.layers if layer.kind == "gemm" and layer.dtypes == dtypes]
+        return sorted(set(names) - {_SUBGRAPH.sub("", layer.name) for layer in products})
 
     def to_dict(self) -> dict[str, Any]:
         """Counts as JSON values; `kinds` are the compiler's names of all its kernels."""

@@ -41,8 +41,8 @@ TARGETS: Mapping[str, Target] = {
         Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention"), "external", dtype="fp32"),
         _rtx("rtx4090", "SM89", *_FP8),
         _rtx("l40s", "SM89", *_FP8),
-        _rtx("rtx5090", "SM120", *_FP8),
-        _rtx("rtx-pro-6000", "SM120", *_FP8),
+        _rtx("rtx5090", "SM120", *_FP8, "nvfp4"),
+        _rtx("rtx-pro-6000", "SM120", *_FP8, "nvfp4"),
         _rtx("a100", "SM80", "bf16"),
         _rtx("rtx3090", "SM86", "bf16"),
     )

@@ -1,9 +1,10 @@
-"""Graphs to quantized graphs: the linears of a recipe in FP8, every scale an input.
+"""Graphs to quantized graphs: the linears of a recipe in FP8 or NVFP4, every scale an input.
 
     y = MatMul(DQ(Q(x * quantize)), DQ(W)) * dequantize        with Q and DQ at the constant scale 1
 
 `quantize` = 1 / input scale and `dequantize` = input scale * weight scale are fp32 inputs of the graph, so one plan
-serves every calibration; compilers fold both multiplications into neighbouring kernels.
+serves every calibration; compilers fold both multiplications into neighbouring kernels. In NVFP4, Q gives codes and the
+scales of their blocks (TensorRT's `TRT_FP4DynamicQuantize`), and W has block scales as a second input.
 
     y = MatMul(QDQ(Softmax(MatMul(QDQ(q / D^(1/4)), QDQ(k^T / D^(1/4)))), 1/448), QDQ(v))
 
@@ -26,15 +27,17 @@ from flux2_trt.errors import Flux2Error
 
 ONE, ZERO = "fp8_scale", "fp8_zero_point"
 ATTENTION_SCALE, PROBABILITY_SCALE = "attention_scale", "fp8_probability_scale"
-FP8_DTYPE = "float8e4m3fn"
-FP8_MAX = 448.0
+BLOCK_ONE, TENSORRT_DOMAIN = "nvfp4_scale", "trt"
+FP8_DTYPE, NVFP4_DTYPE = "float8e4m3fn", "float4e2m1"
+FP8_MAX, NVFP4_MAX, NVFP4_BLOCK = 448.0, 6.0, 16
 ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}
 
 
 def quantize(graph: Graph, recipe: Recipe) -> Graph:
     """The graph of a component in the formats of `recipe`; `graph` was traced in `recipe.dtype` and stays as it is.
 
-    Weights of quantized linears become float8e4m3fn inputs of the shape that they had.
+    Weights of quantized linears become inputs of the format: float8e4m3fn [K, N], or float4e2m1 [N, K] with their block
+    scales. Raises Flux2Error for a weight that the format or its place in the graph does not allow.
     """
     pattern = QUANTIZED_LINEARS.get(graph.component)
     if pattern is None or recipe.linears is None:
@@ -47,13 +50,27 @@ def quantize(graph: Graph, recipe: Recipe) -> Graph:
     return replace(graph, model=model, weights=rewriter.weights, scales=rewriter.scales)
 
 
+def product_name(weight: str) -> str:
+    """The name of the node that multiplies with a quantized weight, which compilers keep."""
+    return f"node_{weight.removesuffix('.weight')}.product"
+
+
+def block_scale_name(weight: str) -> str:
+    """The input with the block scales of an NVFP4 weight."""
+    return f"{weight}_block_scale"
+
+
+def _element(dtype: str) -> int:
+    return int(TensorProto.DataType.Value(dtype.upper()))
+
+
 class _Rewriter:
     """One pass over the nodes of a graph."""
 
     def __init__(self, graph: Graph, model: onnx.ModelProto, recipe: Recipe, pattern: str) -> None:
         self.model, self.pattern = model, re.compile(pattern)
         self.weights, self.scales = dict(graph.weights), dict(graph.scales)
-        self.element = ELEMENT_TYPES[recipe.dtype]
+        self.element, self.format = ELEMENT_TYPES[recipe.dtype], recipe.linears
         self._quantizes_attention = recipe.attention is not None and graph.component in QUANTIZED_ATTENTION
         self.nodes: list[NodeProto] = []
         self.quantized_inputs: dict[str, str] = {}
@@ -66,6 +83,9 @@ class _Rewriter:
                 shared[node.input[0]].append(node.input[1])
         self._constant(ONE, self.element, 1.0)
         self._constant(ZERO, TensorProto.FLOAT8E4M3FN, 0.0)
+        if self.format == "nvfp4":
+            self._constant(BLOCK_ONE, TensorProto.FLOAT, 1.0)
+            self.model.opset_import.append(helper.make_opsetid(TENSORRT_DOMAIN, 1))
         if self._quantizes_attention:
             head_dim = next(slot.shape[0] for name, slot in self.weights.items() if name.endswith("query_norm.scale"))
             self._constant(ATTENTION_SCALE, self.element, head_dim**-0.25)
@@ -79,12 +99,12 @@ class _Rewriter:
                 self.nodes.append(node)
         del graph.node[:]
         graph.node.extend(self.nodes)
-        types = {name: slot.dtype for name, slot in self.weights.items()}
         for value in graph.input:
-            if types.get(value.name) == FP8_DTYPE:
-                value.type.tensor_type.elem_type = TensorProto.FLOAT8E4M3FN
-        for name in self.scales:
-            graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]))
+            if value.name in self.weights:
+                slot = self.weights[value.name]
+                value.CopyFrom(helper.make_tensor_value_info(value.name, _element(slot.dtype), slot.shape))
+        for name, scale in self.scales.items():
+            graph.input.append(helper.make_tensor_value_info(name, _element(scale.dtype), scale.shape))
 
     def _is_quantized(self, node: NodeProto) -> bool:
         weights = [name for name in node.input if self.pattern.fullmatch(name) and len(self.weights[name].shape) == 2]
@@ -98,13 +118,56 @@ class _Rewriter:
         if x not in self.quantized_inputs:
             name = f"{module}.quantize"
             self.scales[name] = ScaleSlot("quantize", tuple(sharing))
-            self.quantized_inputs[x] = self._scaled_round_trip(x, name, module)
+            scaled = self._multiplied(x, name, f"{module}.input", f"{module}.input_scaled")
+            rounded = self._block_round_trip if self.format == "nvfp4" else self._round_trip
+            self.quantized_inputs[x] = rounded(scaled, f"{module}.input")
         dequantize = f"{module}.dequantize"
         self.scales[dequantize] = ScaleSlot("dequantize", (weight,))
-        self.weights[weight] = WeightSlot(self.weights[weight].shape, FP8_DTYPE, self.weights[weight].transposed)
-        self._add("DequantizeLinear", [weight, ONE], f"{module}.weight_values")
-        product = self._add("MatMul", [self.quantized_inputs[x], f"{module}.weight_values"], f"{module}.product")
+        values = self._nvfp4_weight(weight) if self.format == "nvfp4" else self._fp8_weight(weight)
+        product = f"{module}.product"
+        matmul = helper.make_node("MatMul", [self.quantized_inputs[x], values], [product], name=product_name(weight))
+        self.nodes.append(matmul)
         self._multiplied(product, dequantize, module, node.output[0])
+
+    def _fp8_weight(self, weight: str) -> str:
+        self.weights[weight] = replace(self.weights[weight], dtype=FP8_DTYPE)
+        return self._add("DequantizeLinear", [weight, ONE], f"{weight}_values")
+
+    def _nvfp4_weight(self, weight: str) -> str:
+        """Codes [N, K] with a scale for 16 of them along K, transposed once they are values: ModelOpt's spelling."""
+        columns, rows = self.weights[weight].shape
+        if columns % NVFP4_BLOCK:
+            raise Flux2Error(f"{weight} has {columns} inputs; NVFP4 needs a multiple of {NVFP4_BLOCK}")
+        self.weights[weight] = WeightSlot((rows, columns), NVFP4_DTYPE, transposed=False)
+        block = block_scale_name(weight)
+        self.scales[block] = ScaleSlot("block", (weight,), (rows, columns // NVFP4_BLOCK), FP8_DTYPE)
+        values = self._block_values(weight, block, weight)
+        transposed = helper.make_node("Transpose", [values], [f"{weight}_kn"], perm=[1, 0])
+        self.nodes.append(transposed)
+        return transposed.output[0]
+
+    def _block_round_trip(self, x: str, name: str) -> str:
+        """`x` rounded to NVFP4 and back, with scales of its blocks that come from their largest values."""
+        codes, scales = f"{name}_fp4", f"{name}_block_scale"
+        quantize = helper.make_node(
+            "TRT_FP4DynamicQuantize",
+            [x, BLOCK_ONE],
+            [codes, scales],
+            name=f"node_{codes}",
+            domain=TENSORRT_DOMAIN,
+            axis=-1,
+            block_size=NVFP4_BLOCK,
+            scale_type=TensorProto.FLOAT8E4M3FN,
+        )
+        self.nodes.append(quantize)
+        return self._block_values(codes, scales, name)
+
+    def _block_values(self, codes: str, scales: str, name: str) -> str:
+        wide_scales = self._add("DequantizeLinear", [scales, BLOCK_ONE], f"{name}_block_scale_values")
+        wide = self._add(
+            "DequantizeLinear", [codes, wide_scales], f"{name}_values_wide", axis=-1, block_size=NVFP4_BLOCK
+        )
+        return self._add("Cast", [wide], f"{name}_values", to=self.element)
 
     def _attention(self, node: NodeProto) -> None:
         query, key, value = node.input
@@ -118,11 +181,6 @@ class _Rewriter:
         softmax = self._add("Softmax", [logits], f"{name}.probability", axis=-1)
         probabilities = self._round_trip(softmax, f"{name}.probability", PROBABILITY_SCALE)
         self._add("MatMul", [probabilities, self._round_trip(value, f"{name}.value")], node.output[0])
-
-    def _scaled_round_trip(self, x: str, factor: str, module: str) -> str:
-        """`x * factor`, rounded to FP8 and back."""
-        scaled = self._multiplied(x, factor, f"{module}.input", f"{module}.input_scaled")
-        return self._round_trip(scaled, f"{module}.input")
 
     def _round_trip(self, x: str, name: str, scale: str = ONE) -> str:
         codes = self._add("QuantizeLinear", [x, scale, ZERO], f"{name}_fp8")

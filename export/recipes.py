@@ -1,6 +1,7 @@
 """Recipes: the number format of everything that a component computes with. Data only.
 
-FP8 is E4M3 with one scale a tensor, for weights and for inputs of linears.
+FP8 is E4M3 with one scale a tensor, for weights and for inputs of linears. NVFP4 is E2M1 with an E4M3 scale for 16
+values and one fp32 scale a tensor; blocks of inputs get their scales when they are computed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from flux2_trt.errors import UsageError
 from flux2_trt.spec import Component
 
 Dtype = Literal["fp32", "bf16"]
-Format = Literal["fp8"]
+Format = Literal["fp8", "nvfp4"]
 
 QUANTIZED_LINEARS: Mapping[Component, str] = {
     "transformer": r"(double|single)_blocks\.\d+\..+\.weight",
@@ -52,6 +53,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("bf16", "bf16"),
         Recipe("fp8", "bf16", linears="fp8"),
         Recipe("fp8-attention", "bf16", linears="fp8", attention="fp8"),
+        Recipe("nvfp4", "bf16", linears="nvfp4"),
     )
 }
 

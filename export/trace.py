@@ -44,14 +44,16 @@ class WeightSlot:
 
 @dataclass(frozen=True)
 class ScaleSlot:
-    """A factor fp32 [1] of quantized linears that the graph takes as an input.
+    """Scales of quantized linears that the graph takes as an input.
 
-    `quantize`: 1 / input scale, of the input that the linears with these `weights` share. `dequantize`: input scale *
-    weight scale, of the one linear.
+    `quantize` fp32 [1]: 1 / input scale, of the input that the linears with these `weights` share. `dequantize` fp32
+    [1]: input scale * weight scale, of the one linear. `block`: of every block of the one weight.
     """
 
-    kind: Literal["quantize", "dequantize"]
+    kind: Literal["quantize", "dequantize", "block"]
     weights: tuple[str, ...]
+    shape: tuple[int, ...] = (1,)
+    dtype: str = "float"
 
 
 @dataclass(frozen=True)

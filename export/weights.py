@@ -1,6 +1,8 @@
 """Checkpoints to weight files: the tensors that a graph takes, in the layout that it wants, one at a time in memory.
 
-FP8 weights are rounded to nearest even at the scale amax / 448, one a tensor (OCP 8-bit floating point, E4M3).
+FP8 weights are rounded to nearest even at the scale amax / 448, one a tensor (OCP 8-bit floating point, E4M3). NVFP4
+weights have an fp32 scale amax / (448 * 6) and for 16 values along K an E4M3 scale, their largest / 6 in units of the
+former; even columns are in the low bits of a byte, as ONNX and PyTorch pack them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from export.quantize import FP8_DTYPE, FP8_MAX
+from export.quantize import FP8_DTYPE, FP8_MAX, NVFP4_BLOCK, NVFP4_DTYPE, NVFP4_MAX, block_scale_name
 from export.trace import Graph, WeightSlot
 from flux2_trt.errors import CheckpointError
 from flux2_trt.naming import Family
@@ -30,12 +32,16 @@ FAMILY_OF: Mapping[Component, Family] = {
     "vae_encoder": "autoencoder",
     "vae_decoder": "autoencoder",
 }
-STORED_DTYPES: Mapping[str, tuple[str, torch.dtype]] = {
-    "float": ("F32", torch.float32),
-    "bfloat16": ("BF16", torch.bfloat16),
-    FP8_DTYPE: ("F8_E4M3", torch.float8_e4m3fn),
+STORED_DTYPES: Mapping[str, tuple[str, int, torch.dtype]] = {
+    "float": ("F32", 32, torch.float32),
+    "bfloat16": ("BF16", 16, torch.bfloat16),
+    FP8_DTYPE: ("F8_E4M3", 8, torch.float8_e4m3fn),
+    NVFP4_DTYPE: ("F4", 4, torch.uint8),
 }
-"""By the dtype of a slot: safetensors' name, and torch's."""
+"""By the dtype of a slot: safetensors' name, the bits of an element, and the dtype of what torch writes."""
+# Between neighbours of E2M1; a tie goes to the even code, so the odd ones' boundaries lie just below it.
+E2M1_BOUNDARIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+E2M1_BOUNDARIES[1::2] = torch.nextafter(E2M1_BOUNDARIES[1::2], torch.zeros(3))
 ROWS_AT_ONCE = 1024
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # its reciprocal is finite
 HEADER_ALIGNMENT = 64
@@ -86,7 +92,7 @@ def write_weights(
     Linears that share an input take the largest of their input scales. Raises CheckpointError where a tensor has not
     the shape that the graph takes, is not finite, or has no input scale.
     """
-    slots = {**graph.weights, **dict.fromkeys(graph.scales, WeightSlot((1,), "float", transposed=False))}
+    slots = {**graph.weights, **{n: WeightSlot(s.shape, s.dtype, transposed=False) for n, s in graph.scales.items()}}
     inputs = _shared_input_scales(graph, scales.inputs)
     spans, header = _layout(slots)
     weight_scales: dict[str, float] = {}
@@ -99,14 +105,40 @@ def write_weights(
         file.write(len(header).to_bytes(8, "little") + header)
         for name, slot in graph.weights.items():
             values = _checked(name, slot, source.read(name))
+            if slot.dtype == NVFP4_DTYPE:
+                weight_scales[name] = fp8_scale(values) / NVFP4_MAX
+                codes, block_scales = nvfp4_codes(values, weight_scales[name])
+                put(name, codes)
+                put(block_scale_name(name), block_scales)
+                continue
             if slot.dtype == FP8_DTYPE:
                 weight_scales[name] = scales.weights.get(name) or fp8_scale(values)
             put(name, _stored(values, slot, weight_scales.get(name)))
         for name, scale in graph.scales.items():
             weight = scale.weights[0]
-            value = 1 / inputs[weight] if scale.kind == "quantize" else inputs[weight] * weight_scales[weight]
-            put(name, torch.tensor([value]))
+            input_scale = inputs[weight] / (NVFP4_MAX if graph.weights[weight].dtype == NVFP4_DTYPE else 1)
+            if scale.kind == "quantize":
+                put(name, torch.tensor([1 / input_scale]))
+            elif scale.kind == "dequantize":
+                put(name, torch.tensor([input_scale * weight_scales[weight]]))
     return spans
+
+
+def nvfp4_codes(values: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [N, K/2], two in a byte, and block scales float8_e4m3fn [N, K/16] of `values` fp32 [N, K]."""
+    rows, columns = values.shape
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    block_scales = torch.empty(rows, columns // NVFP4_BLOCK, dtype=torch.float8_e4m3fn)
+    parts = (tensor.split(ROWS_AT_ONCE) for tensor in (values, codes, block_scales))
+    for part, part_codes, part_scales in zip(*parts, strict=True):
+        blocks = part.unflatten(1, (-1, NVFP4_BLOCK))
+        part_scales.copy_((blocks.abs().amax(dim=-1) / NVFP4_MAX / scale).clamp_(max=FP8_MAX))
+        steps = part_scales.float().mul_(scale)[..., None]
+        quotients = torch.where(steps > 0, blocks / steps, 0.0).flatten(1)
+        found = torch.bucketize(quotients.abs(), E2M1_BOUNDARIES, out_int32=True).to(torch.uint8)
+        found |= (quotients < 0).to(torch.uint8) << 3
+        part_codes.copy_(found[:, 0::2] | (found[:, 1::2] << 4))
+    return codes, block_scales
 
 
 def fp8_scale(values: torch.Tensor) -> float:
@@ -148,9 +180,9 @@ def place_external(graph: Graph, spans: Mapping[str, tuple[int, int]], file_name
 def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, tuple[int, int]], bytes]:
     """Where each tensor lies in the file, those of wide elements first, and the file's JSON header."""
     entries, places, position = {}, {}, 0
-    for name, slot in sorted(weights.items(), key=lambda item: -STORED_DTYPES[item[1].dtype][1].itemsize):
-        dtype, stored = STORED_DTYPES[slot.dtype]
-        length = math.prod(slot.shape) * stored.itemsize
+    for name, slot in sorted(weights.items(), key=lambda item: -STORED_DTYPES[item[1].dtype][1]):
+        dtype, bits, _ = STORED_DTYPES[slot.dtype]
+        length = math.prod(slot.shape) * bits // 8
         entries[name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [position, position + length]}
         places[name] = (position, length)
         position += length
@@ -172,7 +204,7 @@ def _checked(name: str, slot: WeightSlot, tensor: NDArray[np.float32]) -> torch.
 
 def _stored(values: torch.Tensor, slot: WeightSlot, scale: float | None) -> torch.Tensor:
     """`values` in the dtype and layout of the slot; the only other copy in memory is in that dtype."""
-    stored = torch.empty(values.shape, dtype=STORED_DTYPES[slot.dtype][1])
+    stored = torch.empty(values.shape, dtype=STORED_DTYPES[slot.dtype][2])
     for target, part in zip(stored.split(ROWS_AT_ONCE), values.split(ROWS_AT_ONCE), strict=True):
         # A quotient may round up past 448, which FP8 turns into NaN.
         target.copy_(part if scale is None else (part / scale).clamp_(-FP8_MAX, FP8_MAX))

@@ -44,11 +44,11 @@ def test_kernels_are_counted_by_profile_and_type() -> None:
     }
 
 
-def test_a_weight_that_is_dequantized_first_is_missing() -> None:
+def test_a_product_in_another_format_is_missing() -> None:
     first, second = report_from_log([LOG]).profiles
-    weights = ["block.a.weight", "block.b.weight"]
-    assert first.missing_fp8(weights) == []
-    assert second.missing_fp8(weights) == ["block.b.weight"]
+    assert first.missing(["node_a", "node_b"], "FP8") == []
+    assert second.missing(["node_a", "node_b"], "FP8") == ["node_b"]
+    assert first.missing(["node_a"], "FP4E2M1+FP8") == ["node_a"]
 
 
 def test_a_log_without_a_list_has_no_profiles() -> None:

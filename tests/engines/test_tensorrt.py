@@ -83,6 +83,22 @@ def test_the_compilers_words_reach_the_user() -> None:
         compile_plan(graph, profiles("text_encoder", spec, ShapeRequest()), TARGETS["rtx3090"])
 
 
+def test_nvfp4_is_for_blackwell() -> None:
+    spec = small_spec()
+    graph = quantize(traced_once("transformer", spec, "bf16"), RECIPES["nvfp4"])
+    ranges = profiles("transformer", spec, ShapeRequest())
+    compiled = compile_plan(graph, ranges, TARGETS["rtx5090"])
+    assert lost_formats(graph, RECIPES["nvfp4"], compiled.report) == ""
+    assert compiled.report.profiles[0].gemms["FP4E2M1+FP8"] == 10
+    with pytest.raises(Flux2Error, match=r"cannot compile transformer for rtx4090: .*fp4_e2m1"):
+        compile_plan(graph, ranges, TARGETS["rtx4090"])
+
+
+def test_nvfp4_needs_whole_blocks() -> None:
+    with pytest.raises(Flux2Error, match=r"self_attn\.q_proj\.weight has 12 inputs; NVFP4 needs a multiple of 16"):
+        quantize(traced_once("text_encoder", small_spec(), "bf16"), RECIPES["nvfp4"])
+
+
 def test_a_build_can_be_cancelled() -> None:
     spec = small_spec()
     graph = traced_once("conditioning", spec, "bf16")
@@ -117,12 +133,13 @@ def test_a_signal_during_a_build_ends_it_and_is_passed_on(signal: type[BaseExcep
 def test_what_the_compiler_did_not_give_is_an_error() -> None:
     """A bf16 plan where the recipe wanted FP8."""
     spec = small_spec()
-    graph = traced_once("text_encoder", spec, "bf16")
-    compiled = compile_plan(graph, profiles("text_encoder", spec, ShapeRequest()), TARGETS["rtx4090"])
-    assert lost_formats(graph, RECIPES["bf16"], compiled.report) == ""
-    wanted = quantize(graph, FP8_ATTENTION)
-    assert lost_formats(wanted, FP8_ATTENTION, compiled.report).startswith(
-        "14 of 14 linears have no FP8 kernel in profile 0 (layers.0.self_attn.q_proj.weight, "
+    graph = traced_once("transformer", spec, "bf16")
+    report = compile_plan(graph, profiles("transformer", spec, ShapeRequest()), TARGETS["rtx4090"]).report
+    assert lost_formats(graph, RECIPES["bf16"], report) == ""
+    assert lost_formats(quantize(graph, FP8_ATTENTION), FP8_ATTENTION, report).startswith(
+        "10 of 10 linears have no fp8 kernel in profile 0 (node_double_blocks.0.img_attn.proj.product, "
     )
-    one_more = replace(graph, attentions=graph.attentions + 1)
-    assert "2 of 3 attentions are a fused kernel" in lost_formats(one_more, RECIPES["bf16"], compiled.report)
+    wanted = replace(FP8_ATTENTION, linears=None)
+    assert "0 of 2 attentions are a fused FP8 kernel in profile 0" in lost_formats(graph, wanted, report)
+    one_more = replace(graph, attentions=3)
+    assert "2 of 3 attentions are a fused kernel" in lost_formats(one_more, RECIPES["bf16"], report)

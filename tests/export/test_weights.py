@@ -2,22 +2,25 @@
 
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers.quantizers.bfl import utils as diffusers_bfl
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession, SessionOptions
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
 
-from export.quantize import FP8_DTYPE
+from export.quantize import FP8_DTYPE, NVFP4_DTYPE
 from export.trace import Graph, ScaleSlot, WeightSlot
-from export.weights import RandomSource, Scales, place_external, write_weights
+from export.weights import RandomSource, Scales, nvfp4_codes, place_external, write_weights
 from flux2_trt.errors import CheckpointError
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.models import published_spec
 from flux2_trt.runtime.onnxruntime import WEIGHTS_FOLDER
+from flux2_trt.tensor_file import TensorFile
 
 
 @dataclass
@@ -165,3 +168,43 @@ def test_fp8_refuses_what_is_no_number_by_name(fp8_graph, tmp_path, wrong):
 def test_a_linear_without_an_input_scale_is_named(fp8_graph, tmp_path):
     with pytest.raises(CheckpointError, match="weight has no input scale; calibrate the model, or build it in bf16"):
         write_weights(fp8_graph, Source({"weight": np.ones((64, 64), np.float32), "bias": BIAS}), tmp_path / "w")
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_nvfp4_weights_are_those_of_diffusers(graph, tmp_path, kind):
+    weight = torch.from_numpy(ROWS[kind].astype(np.float32).reshape(64, 64))
+    slots = {"a.weight": WeightSlot((64, 64), NVFP4_DTYPE, transposed=False)}
+    scales = {
+        "a.quantize": ScaleSlot("quantize", ("a.weight",)),
+        "a.dequantize": ScaleSlot("dequantize", ("a.weight",)),
+        "a.weight_block_scale": ScaleSlot("block", ("a.weight",), (64, 4), FP8_DTYPE),
+    }
+    path = tmp_path / "weights.safetensors"
+    nvfp4 = replace(graph, weights=slots, scales=scales)
+    spans = write_weights(nvfp4, Source({"a.weight": weight.numpy()}), path, Scales({"a.weight": 0.75}))
+    offset, length = spans["a.weight"]
+    codes = np.frombuffer(path.read_bytes()[offset : offset + length], np.uint8).reshape(64, 32)
+    stored = TensorFile(path).tensors  # the torch of safetensors' own reader may be too old for F4
+    assert (stored["a.weight"].dtype, stored["a.weight"].shape) == ("F4", (64, 64))
+    assert stored["a.quantize"].float32().tolist() == [8.0]  # NVFP4's input scale is that of FP8 over 6
+    outer = float(stored["a.dequantize"].float32()[0]) * 8
+    block_scales = torch.from_numpy(stored["a.weight_block_scale"].bytes().copy()).view(torch.float8_e4m3fn)
+    if kind in ("zeros", "denormals"):  # diffusers divides by 0
+        assert torch.isfinite(block_scales.float()).all()
+        return
+    expected = diffusers_bfl.quantize_nvfp4(weight)
+    np.testing.assert_array_equal(codes, expected[0].numpy())
+    assert torch.equal(block_scales.reshape(64, 4).view(torch.uint8), expected[1].view(torch.uint8))
+    assert outer == pytest.approx(float(expected[2]), rel=1e-6)
+
+
+def test_ties_of_nvfp4_go_to_the_even_code():
+    """As ml_dtypes rounds."""
+    halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat((halves, -halves))[None] * 448
+    codes, block_scales = nvfp4_codes(values, 1.0)
+    assert block_scales.float().tolist() == [[448.0, 448.0]]
+    expected = (values[0] / 448).numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    found = torch.stack((codes & 15, codes >> 4), dim=-1).flatten().numpy()
+    nonzero = halves.numpy() != 0  # the sign of zero is not kept
+    np.testing.assert_array_equal(found[np.r_[nonzero, nonzero]], expected[np.r_[nonzero, nonzero]])
