@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import resource
 import time
 from collections import Counter
@@ -13,22 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-from engines.calibration import check_weights
-from engines.layers import FP8, NVFP4, LayerReport
+from engines.audit import lost_formats
+from engines.calibration import scales_of
 from engines.shapes import DEFAULT_SIZES, ShapeRequest, profiles
 from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, Target, resolve_precision, resolve_target
-from engines.tensorrt import DECOMPOSABLE, OnPhase, compile_plan, load_compiler
-from export.calibrate import Calibration
-from export.quantize import FP8_MAX, product_name, quantize
-from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Format, Recipe, recipe_named
+from engines.tensorrt import OnPhase, compile_plan, load_compiler
+from export.quantize import quantize
+from export.recipes import Recipe, recipe_named
 from export.trace import OPSET, Graph, trace
-from export.weights import FAMILY_OF, NO_SCALES, Scales, TensorSource, place_external, write_weights
+from export.weights import FAMILY_OF, Scales, TensorSource, place_external, write_weights
 from flux2_trt.bundle import Bundle
-from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error, UsageError
-from flux2_trt.inventory import expected_tensors
 from flux2_trt.manifest import ComponentRecord, FileRecord, content_key
 from flux2_trt.naming import Family
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
@@ -38,8 +34,6 @@ from flux2_trt.store import Store
 ENGINES = Path(__file__).parent
 EXPORT = ENGINES.parent / "export"
 PACKAGES = ("torch", "onnx", "onnxscript")
-KERNEL_DTYPES: Mapping[Format, str] = {"fp8": FP8, "nvfp4": NVFP4}
-SYNTHETIC_INPUT_SCALE = 8 / FP8_MAX  # inputs of synthetic weights are about normal
 
 
 @dataclass(frozen=True)
@@ -113,8 +107,8 @@ def build(
     components = _components(source, request.components)
     recipe = recipe_named(precision)
     recipe = replace(recipe, dtype=target.dtype or recipe.dtype)
+    scales = scales_of(source, recipe, request.calibration)
     identity = source.identity()
-    scales = _scales(request, source, recipe, identity)
     job = _Job(source, components, target, recipe, shapes, scales)
     key = content_key(
         {
@@ -165,43 +159,6 @@ class _Job:
     def writes_weights(self) -> bool:
         """Made-up weights that are bound are made again by whoever needs them."""
         return self.source.seed is None or self.target.weight_placement != "bound"
-
-
-def _scales(request: BuildRequest, source: ModelSource, recipe: Recipe, identity: dict[str, Any]) -> Scales:
-    """The scales of these weights: made up as the weights are, or those of the checkpoint, or of a calibration.
-
-    None where nothing is quantized. Raises UsageError where a linear has none.
-    """
-    if recipe.linears is None:
-        if request.calibration:
-            raise UsageError(f"precision {recipe.name} quantizes nothing; leave --calibration out")
-        return NO_SCALES
-    names = {
-        component: [n for n in expected_tensors(source.spec, FAMILY_OF[component]) if re.fullmatch(pattern, n)]
-        for component, pattern in QUANTIZED_LINEARS.items()
-        if component in source.spec.components
-    }
-    quantized = [name for there in names.values() for name in there]
-    if source.seed is not None:
-        return Scales(dict.fromkeys(quantized, SYNTHETIC_INPUT_SCALE))
-    inputs: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for component, there in names.items():
-        checkpoint = source.open(FAMILY_OF[component])
-        assert isinstance(checkpoint, Checkpoint)
-        weights |= {name: scale for name in there if (scale := checkpoint.weight_scale(name))}
-        inputs |= {name: scale for name in there if (scale := checkpoint.input_scale(name))}
-    if file := request.calibration or source.calibration:
-        calibration = Calibration.read(file)
-        check_weights(calibration, identity, file)
-        inputs |= calibration.input_scales
-    if missing := [name for name in quantized if name not in inputs]:
-        raise UsageError(
-            f"precision {recipe.name} needs a calibration: {len(missing)} of {len(quantized)} linears have no input "
-            f"scale (first {missing[0]}); make one (flux2-trt calibrate {request.model} --pictures FOLDER -o "
-            "scales.json) and give it (--calibration scales.json), or build with --precision bf16"
-        )
-    return Scales({name: inputs[name] for name in quantized}, weights)
 
 
 def _make(
@@ -276,25 +233,6 @@ def _compile_bound(draft: Draft, graph: Graph, job: _Job, on_phase: OnPhase) -> 
     plan = draft.plan_path(graph.component, ".plan")
     plan.write_bytes(compiled.plan)
     return draft.record(plan), compiled.report.to_dict()
-
-
-def lost_formats(graph: Graph, recipe: Recipe, report: LayerReport) -> str:
-    """What the recipe wanted and the compiler did not give, in words; empty where all is there."""
-    products = [product_name(scale.weights[0]) for scale in graph.scales.values() if scale.kind == "dequantize"]
-    attention = FP8 if recipe.attention and graph.component in QUANTIZED_ATTENTION else None
-    for number, profile in enumerate(report.profiles):
-        if recipe.linears and (missing := profile.missing(products, KERNEL_DTYPES[recipe.linears])):
-            names = ", ".join(missing[:3])
-            return (
-                f"{len(missing)} of {len(products)} linears have no {recipe.linears} kernel in profile {number} "
-                f"({names}, ...)"
-            )
-        fused = profile.fused_attentions
-        there = sum(fused.values()) if attention is None else fused.get(attention, 0)
-        if graph.component not in DECOMPOSABLE and there != graph.attentions:
-            kind = "a fused kernel" if attention is None else f"a fused {attention} kernel"
-            return f"{there} of {graph.attentions} attentions are {kind} in profile {number} ({fused})"
-    return "" if report.profiles else "it listed no kernels"
 
 
 def compiler_version(target: Target) -> str:

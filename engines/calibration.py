@@ -1,7 +1,8 @@
-"""Calibration of a model: from a folder of pictures with their prompts, or `tiny`'s own scenes, to a small file."""
+"""Calibration of a model, from a folder of pictures with their prompts or `tiny`'s own scenes, and the scales of a build."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,19 @@ import numpy as np
 
 from engines.sources import ModelSource, resolve_source
 from export.calibrate import Calibration, CalibrationSample, Pixels, input_scales
+from export.quantize import FP8_MAX
+from export.recipes import QUANTIZED_LINEARS, Recipe
+from export.weights import FAMILY_OF, NO_SCALES, Scales
+from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.errors import UsageError
 from flux2_trt.images import load_reference, prepare_reference, reference_max_area
+from flux2_trt.inventory import expected_tensors
 from flux2_trt.spec import ModelSpec
 from flux2_trt.text import PromptTokenizer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SEED = 0
+SYNTHETIC_INPUT_SCALE = 8 / FP8_MAX  # inputs of synthetic weights are about normal
 
 
 def calibrate(
@@ -86,6 +93,44 @@ def scene_samples(spec: ModelSpec, count: int) -> list[CalibrationSample]:
         )
         for each in drawn
     ]
+
+
+def scales_of(source: ModelSource, recipe: Recipe, given: Path | None) -> Scales:
+    """The scales of these weights: made up as the weights are, or those of the checkpoint and of a calibration.
+
+    `given`: a calibration in place of the one that comes with the model. None where nothing is quantized. Raises
+    UsageError where a linear has no scale, or the calibration is of other weights.
+    """
+    if recipe.linears is None:
+        if given:
+            raise UsageError(f"precision {recipe.name} quantizes nothing; leave --calibration out")
+        return NO_SCALES
+    names = {
+        component: [n for n in expected_tensors(source.spec, FAMILY_OF[component]) if re.fullmatch(pattern, n)]
+        for component, pattern in QUANTIZED_LINEARS.items()
+        if component in source.spec.components
+    }
+    quantized = [name for there in names.values() for name in there]
+    if source.seed is not None:
+        return Scales(dict.fromkeys(quantized, SYNTHETIC_INPUT_SCALE))
+    inputs: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for component, there in names.items():
+        checkpoint = source.open(FAMILY_OF[component])
+        assert isinstance(checkpoint, Checkpoint)
+        weights |= {name: scale for name in there if (scale := checkpoint.weight_scale(name))}
+        inputs |= {name: scale for name in there if (scale := checkpoint.input_scale(name))}
+    if file := given or source.calibration:
+        calibration = Calibration.read(file)
+        check_weights(calibration, source.identity(), file)
+        inputs |= calibration.input_scales
+    if missing := [name for name in quantized if name not in inputs]:
+        raise UsageError(
+            f"precision {recipe.name} needs a calibration: {len(missing)} of {len(quantized)} linears have no input "
+            f"scale (first {missing[0]}); make one (flux2-trt calibrate MODEL --pictures FOLDER -o scales.json) and "
+            "give it (--calibration scales.json), or build with --precision bf16"
+        )
+    return Scales({name: inputs[name] for name in quantized}, weights)
 
 
 def check_weights(calibration: Calibration, identity: Mapping[str, Any], where: Path) -> None:

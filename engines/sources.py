@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ class ModelSource:
 
     def identity(self) -> dict[str, Any]:
         """What the weights are: digests of every file, or the seed. JSON values."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
         if self.seed is not None:
             return {SYNTHETIC: self.seed}
         files = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from diffusers_models import small_spec, traced_once
 
-from engines.build import BuildReport, BuildRequest, build, lost_formats
+from engines.audit import lost_formats
+from engines.build import BuildReport, BuildRequest, build
 from engines.shapes import ShapeRequest, profiles
 from engines.targets import TARGETS
 from engines.tensorrt import compile_plan
