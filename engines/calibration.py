@@ -1,4 +1,4 @@
-"""Calibration of a model, from a folder of pictures with their prompts or `tiny`'s own scenes, and the scales of a build."""
+"""Calibration of a model, from pictures with their prompts or `tiny`'s own scenes, and the scales of a build."""
 
 from __future__ import annotations
 
