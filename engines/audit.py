@@ -10,15 +10,18 @@ from export.quantize import product_name
 from export.recipes import QUANTIZED_ATTENTION, Format, Recipe
 from export.trace import Graph
 
-KERNEL_DTYPES: Mapping[Format, str] = {"fp8": FP8, "nvfp4": NVFP4}
+KERNEL_DTYPES: Mapping[Format | None, str] = {"fp8": FP8, "nvfp4": NVFP4}
 
 
 def lost_formats(graph: Graph, recipe: Recipe, report: LayerReport) -> str:
     """What the recipe wanted and the compiler did not give, in words; empty where all is there."""
     products = [product_name(scale.weights[0]) for scale in graph.scales.values() if scale.kind == "dequantize"]
     attention = FP8 if recipe.attention and graph.component in QUANTIZED_ATTENTION else None
+    blocks = sum(scale.kind == "block" for scale in graph.scales.values())
     for number, profile in enumerate(report.profiles):
-        if recipe.linears and (missing := profile.missing(products, KERNEL_DTYPES[recipe.linears])):
+        if recipe.linears == "int4" and profile.fused_int4 != blocks:
+            return f"{profile.fused_int4} of {blocks} linears are a fused int4 kernel in profile {number}"
+        if products and (missing := profile.missing(products, KERNEL_DTYPES[recipe.linears])):
             names = ", ".join(missing[:3])
             return (
                 f"{len(missing)} of {len(products)} linears have no {recipe.linears} kernel in profile {number} "

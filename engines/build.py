@@ -6,7 +6,8 @@ import hashlib
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from engines.audit import lost_formats
 from engines.calibration import scales_of
 from engines.shapes import DEFAULT_SIZES, ShapeRequest, profiles
 from engines.sources import ModelSource, resolve_source
-from engines.targets import AUTO, Target, resolve_precision, resolve_target
+from engines.targets import AUTO, Target, resolve_placement, resolve_precision, resolve_target
 from engines.tensorrt import OnPhase, compile_plan, load_compiler
 from export.quantize import quantize
 from export.recipes import Recipe, recipe_named
@@ -25,7 +26,7 @@ from export.weights import FAMILY_OF, Scales, TensorSource, place_external, writ
 from flux2_trt.bundle import Bundle
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error, UsageError
-from flux2_trt.manifest import ComponentRecord, FileRecord, content_key
+from flux2_trt.manifest import ComponentRecord, FileRecord, WeightPlacement, content_key
 from flux2_trt.naming import Family
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import Component
@@ -40,7 +41,8 @@ PACKAGES = ("torch", "onnx", "onnxscript")
 class BuildRequest:
     """What to build; None takes the default of the model or the target.
 
-    `weights`: how the plan gets them ("external": as constants in a file beside it; "bound": as inputs); `sizes`,
+    `weights`: how the plan gets them ("external": as constants in a file beside it; "bound": as inputs; "embedded": as
+    constants in it); `sizes`,
     `max_batch`, `max_references`: see `engines.shapes.ShapeRequest`; `output`: another store than the user's.
     """
 
@@ -98,18 +100,15 @@ def build(
     started = time.monotonic()
     target = resolve_target(request.target)
     precision = resolve_precision(target, request.precision)
-    if request.weights not in (None, target.weight_placement):
-        raise UsageError(
-            f"target {target.name} takes {target.weight_placement} weights, not {request.weights}; leave --weights out"
-        )
     shapes = ShapeRequest(request.sizes, request.max_batch, request.max_references)
     source = resolve_source(request.model, request.checkpoint)
     components = _components(source, request.components)
     recipe = recipe_named(precision)
     recipe = replace(recipe, dtype=target.dtype or recipe.dtype)
+    placement = resolve_placement(target, recipe, request.weights)
     scales = scales_of(source, recipe, request.calibration)
     identity = source.identity()
-    job = _Job(source, components, target, recipe, shapes, scales)
+    job = _Job(source, components, target, recipe, placement, shapes, scales)
     key = content_key(
         {
             "export": _code_digest(),
@@ -120,7 +119,7 @@ def build(
             "weights": identity,
             "scales": asdict(scales),
             "components": list(components),
-            "target": asdict(target) | {"precisions": precision},
+            "target": asdict(target) | {"precisions": precision, "weights": placement},
             "shapes": asdict(shapes) if target.ahead_of_time else None,
         }
     )
@@ -152,13 +151,14 @@ class _Job:
     components: tuple[Component, ...]
     target: Target
     recipe: Recipe
+    placement: WeightPlacement
     shapes: ShapeRequest
     scales: Scales
 
     @property
     def writes_weights(self) -> bool:
         """Made-up weights that are bound are made again by whoever needs them."""
-        return self.source.seed is None or self.target.weight_placement != "bound"
+        return self.source.seed is None or self.placement != "bound"
 
 
 def _make(
@@ -183,12 +183,12 @@ def _make(
             on_progress(f"writing the weights of {component}")
             path = draft.weights_path(component)
             spans = write_weights(graph, opened[FAMILY_OF[component]], path, job.scales)
-            weights = draft.record(path)
+            weights = draft.record(path) if job.placement != "embedded" else None
         on_progress(f"compiling {component}")
         if job.target.compiler == "onnxruntime":
             plan, layers = _compile_external(draft, graph, spans)
         else:
-            plan, layers = _compile_bound(draft, graph, job, on_phase)
+            plan, layers = _compile_plan(draft, graph, job, spans, on_phase)
         records.append(
             ComponentRecord(
                 name=component,
@@ -197,7 +197,7 @@ def _make(
                 compiler=job.target.compiler,
                 compiler_version=compiler_version(job.target),
                 weights=weights,
-                weight_placement=job.target.weight_placement,
+                weight_placement=job.placement,
                 shapes=graph.shapes(),  # type: ignore[arg-type]
                 layers=layers,
             )
@@ -222,9 +222,16 @@ def _compile_external(
     return draft.record(plan), {"operators": dict(Counter(node.op_type for node in graph.model.graph.node))}
 
 
-def _compile_bound(draft: Draft, graph: Graph, job: _Job, on_phase: OnPhase) -> tuple[FileRecord, dict[str, Any]]:
+def _compile_plan(
+    draft: Draft, graph: Graph, job: _Job, spans: Mapping[str, tuple[int, int]], on_phase: OnPhase
+) -> tuple[FileRecord, dict[str, Any]]:
     """A TensorRT plan, and what its kernels are. Raises Flux2Error where they are not what the recipe says."""
-    compiled = compile_plan(graph, profiles(graph.component, job.source.spec, job.shapes), job.target, on_phase)
+    ranges = profiles(graph.component, job.source.spec, job.shapes)
+    if job.placement == "embedded":
+        with _constants(draft, graph, spans) as model_file:
+            compiled = compile_plan(graph, ranges, job.target, on_phase, model_file)
+    else:
+        compiled = compile_plan(graph, ranges, job.target, on_phase)
     if lost := lost_formats(graph, job.recipe, compiled.report):
         raise Flux2Error(
             f"{job.target.compiler} {compiler_version(job.target)} compiled {graph.component} for {job.target.name} "
@@ -233,6 +240,19 @@ def _compile_bound(draft: Draft, graph: Graph, job: _Job, on_phase: OnPhase) -> 
     plan = draft.plan_path(graph.component, ".plan")
     plan.write_bytes(compiled.plan)
     return draft.record(plan), compiled.report.to_dict()
+
+
+@contextmanager
+def _constants(draft: Draft, graph: Graph, spans: Mapping[str, tuple[int, int]]) -> Iterator[Path]:
+    """A file of the graph with its weights as constants beside it; both go, and the plan keeps what was in them."""
+    weights = draft.weights_path(graph.component)
+    model_file = weights.with_suffix(".onnx")
+    model_file.write_bytes(place_external(graph, spans, weights.name).SerializeToString())
+    try:
+        yield model_file
+    finally:
+        weights.unlink()
+        model_file.unlink()
 
 
 def compiler_version(target: Target) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 LIST_START = "Layers:"
 FUSED_ATTENTION = "_gemm_mha"
+FUSED_INT4 = re.compile(r"ReplCastMulCastFc")  # weights are dequantized in the kernel that multiplies with them
 NO_KERNELS = ("signal", "wait", "shape_call", "allocate", "deallocate")  # nothing runs on the GPU
 FP8, NVFP4 = "FP8", "FP4E2M1+FP8"
 """Data types of the inputs of a matrix product: NVFP4 has those of its block scales too."""
@@ -57,6 +58,11 @@ class ProfileReport:
         """Attentions that are one kernel, by the data types of their inputs."""
         return dict(Counter(layer.dtypes for layer in self.layers if layer.is_fused_attention))
 
+    @property
+    def fused_int4(self) -> int:
+        """Matrix products with INT4 weights that are one kernel; it bears no name of the graph."""
+        return sum(layer.kind == "runtime_fusion" and bool(FUSED_INT4.search(layer.name)) for layer in self.layers)
+
     def missing(self, names: Collection[str], dtypes: str) -> list[str]:
         """Those of `names`, of matrix products in the graph, that are no matrix product in these data types here."""
         products = [layer for layer in self.layers if layer.kind == "gemm" and layer.dtypes == dtypes]
@@ -67,6 +73,7 @@ class ProfileReport:
         return {
             "gemms": self.gemms,
             "fused_attentions": self.fused_attentions,
+            "fused_int4": self.fused_int4,
             "kinds": dict(Counter(layer.kind for layer in self.layers)),
             "kernels": len(self.layers),
         }

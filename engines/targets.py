@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from export.recipes import Dtype
+from export.recipes import Dtype, Recipe
 from flux2_trt.errors import UsageError
 from flux2_trt.manifest import WeightPlacement
 
@@ -21,7 +21,6 @@ class Target:
     name: str
     compiler: str
     precisions: tuple[str, ...]
-    weight_placement: WeightPlacement
     compute_capability: str | None = None
     dtype: Dtype | None = None
 
@@ -31,20 +30,20 @@ class Target:
 
 
 def _rtx(name: str, compute_capability: str, *precisions: str) -> Target:
-    return Target(name, "tensorrt_rtx", precisions, "bound", compute_capability)
+    return Target(name, "tensorrt_rtx", precisions, compute_capability)
 
 
 _FP8 = ("fp8", "fp8-attention", "bf16")
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention"), "external", dtype="fp32"),
-        _rtx("rtx4090", "SM89", *_FP8),
-        _rtx("l40s", "SM89", *_FP8),
-        _rtx("rtx5090", "SM120", *_FP8, "nvfp4"),
-        _rtx("rtx-pro-6000", "SM120", *_FP8, "nvfp4"),
-        _rtx("a100", "SM80", "bf16"),
-        _rtx("rtx3090", "SM86", "bf16"),
+        Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention", "int4"), dtype="fp32"),
+        _rtx("rtx4090", "SM89", *_FP8, "int4"),
+        _rtx("l40s", "SM89", *_FP8, "int4"),
+        _rtx("rtx5090", "SM120", *_FP8, "nvfp4", "int4"),
+        _rtx("rtx-pro-6000", "SM120", *_FP8, "nvfp4", "int4"),
+        _rtx("a100", "SM80", "bf16", "int4"),
+        _rtx("rtx3090", "SM86", "bf16", "int4"),
     )
 }
 AUTO = "auto"
@@ -57,6 +56,17 @@ def resolve_target(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"unknown target {name!r}; this version builds for {', '.join(TARGETS)} (or auto)")
     return TARGETS[name]
+
+
+def resolve_placement(target: Target, recipe: Recipe, asked: str | None) -> WeightPlacement:
+    """How the plan gets its weights: "external" on a CPU, else as the recipe allows. Raises UsageError for another."""
+    allowed: tuple[WeightPlacement, ...] = recipe.placements if target.ahead_of_time else ("external",)
+    for placement in allowed:
+        if asked in (None, placement):
+            return placement
+    raise UsageError(
+        f"target {target.name} takes {' or '.join(allowed)} weights in {recipe.name}, not {asked}; leave --weights out"
+    )
 
 
 def resolve_precision(target: Target, precision: str | None) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from engines.layers import LayerReport, report_from_log
@@ -53,9 +54,15 @@ def load_compiler(name: str) -> Any:
 
 
 def compile_plan(
-    graph: Graph, profiles: Sequence[Profile], target: Target, on_phase: OnPhase = lambda *_: True
+    graph: Graph,
+    profiles: Sequence[Profile],
+    target: Target,
+    on_phase: OnPhase = lambda *_: True,
+    model_file: Path | None = None,
 ) -> Compiled:
     """Compile `graph` for `target`; its weights and scales are inputs of the plan.
+
+    `model_file`: the same graph with its weights and scales as constants, to embed them in the plan.
 
     Raises Flux2Error with the compiler's own words where it refuses, Interrupted where `on_phase` cancelled.
     """
@@ -65,7 +72,8 @@ def compile_plan(
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(graph.model.SerializeToString()):
+    read = parser.parse_from_file(str(model_file)) if model_file else parser.parse(graph.model.SerializeToString())
+    if not read:
         reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise Flux2Error(f"{target.compiler} cannot read the graph of {graph.component}: {reasons}")
     if graph.component in DECOMPOSABLE:

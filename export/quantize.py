@@ -4,7 +4,8 @@
 
 `quantize` = 1 / input scale and `dequantize` = input scale * weight scale are fp32 inputs of the graph, so one plan
 serves every calibration; compilers fold both multiplications into neighbouring kernels. In NVFP4, Q gives codes and the
-scales of their blocks (TensorRT's `TRT_FP4DynamicQuantize`), and W has block scales as a second input.
+scales of their blocks (TensorRT's `TRT_FP4DynamicQuantize`), and W has block scales as a second input. INT4 is
+MatMul(x, DQ(W)) with block scales.
 
     y = MatMul(QDQ(Softmax(MatMul(QDQ(q / D^(1/4)), QDQ(k^T / D^(1/4)))), 1/448), QDQ(v))
 
@@ -28,16 +29,17 @@ from flux2_trt.errors import Flux2Error
 ONE, ZERO = "fp8_scale", "fp8_zero_point"
 ATTENTION_SCALE, PROBABILITY_SCALE = "attention_scale", "fp8_probability_scale"
 BLOCK_ONE, TENSORRT_DOMAIN = "nvfp4_scale", "trt"
-FP8_DTYPE, NVFP4_DTYPE = "float8e4m3fn", "float4e2m1"
-FP8_MAX, NVFP4_MAX, NVFP4_BLOCK = 448.0, 6.0, 16
+FP8_DTYPE, NVFP4_DTYPE, INT4_DTYPE = "float8e4m3fn", "float4e2m1", "int4"
+FP8_MAX, NVFP4_MAX, INT4_MAX = 448.0, 6.0, 7.0
+NVFP4_BLOCK, INT4_BLOCK = 16, 64
 ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}
 
 
 def quantize(graph: Graph, recipe: Recipe) -> Graph:
     """The graph of a component in the formats of `recipe`; `graph` was traced in `recipe.dtype` and stays as it is.
 
-    Weights of quantized linears become inputs of the format: float8e4m3fn [K, N], or float4e2m1 [N, K] with their block
-    scales. Raises Flux2Error for a weight that the format or its place in the graph does not allow.
+    Weights of quantized linears become inputs of the format: float8e4m3fn [K, N], or float4e2m1 [N, K] or int4 [K, N]
+    with their block scales. Raises Flux2Error for a weight that the format or its place in the graph does not allow.
     """
     pattern = QUANTIZED_LINEARS.get(graph.component)
     if pattern is None or recipe.linears is None:
@@ -114,6 +116,10 @@ class _Rewriter:
 
     def _linear(self, node: NodeProto, sharing: list[str]) -> None:
         x, weight = node.input
+        if self.format == "int4":
+            inputs = [x, self._int4_weight(weight)]
+            self.nodes.append(helper.make_node("MatMul", inputs, node.output, name=product_name(weight)))
+            return
         module = weight.removesuffix(".weight")
         if x not in self.quantized_inputs:
             name = f"{module}.quantize"
@@ -132,6 +138,16 @@ class _Rewriter:
     def _fp8_weight(self, weight: str) -> str:
         self.weights[weight] = replace(self.weights[weight], dtype=FP8_DTYPE)
         return self._add("DequantizeLinear", [weight, ONE], f"{weight}_values")
+
+    def _int4_weight(self, weight: str) -> str:
+        """Codes [K, N] with a scale for 64 of them along K."""
+        rows, columns = self.weights[weight].shape
+        if rows % INT4_BLOCK:
+            raise Flux2Error(f"{weight} has {rows} inputs; INT4 needs a multiple of {INT4_BLOCK}")
+        block, dtype = block_scale_name(weight), self.weights[weight].dtype
+        self.weights[weight] = replace(self.weights[weight], dtype=INT4_DTYPE)
+        self.scales[block] = ScaleSlot("block", (weight,), (rows // INT4_BLOCK, columns), dtype)
+        return self._add("DequantizeLinear", [weight, block], f"{weight}_values", axis=0, block_size=INT4_BLOCK)
 
     def _nvfp4_weight(self, weight: str) -> str:
         """Codes [N, K] with a scale for 16 of them along K, transposed once they are values: ModelOpt's spelling."""

@@ -1,7 +1,8 @@
 """Recipes: the number format of everything that a component computes with. Data only.
 
 FP8 is E4M3 with one scale a tensor, for weights and for inputs of linears. NVFP4 is E2M1 with an E4M3 scale for 16
-values and one fp32 scale a tensor; blocks of inputs get their scales when they are computed.
+values and one fp32 scale a tensor; blocks of inputs get their scales when they are computed. INT4 is for weights only,
+-8..7 with a scale in the recipe's dtype for 64 values.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flux2_trt.errors import UsageError
+from flux2_trt.manifest import WeightPlacement
 from flux2_trt.spec import Component
 
 Dtype = Literal["fp32", "bf16"]
-Format = Literal["fp8", "nvfp4"]
+Format = Literal["fp8", "nvfp4", "int4"]
 
 QUANTIZED_LINEARS: Mapping[Component, str] = {
     "transformer": r"(double|single)_blocks\.\d+\..+\.weight",
@@ -37,13 +39,17 @@ KEPT: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """`dtype`: of all that is not quantized, and of activations. `linears`: of the inputs and weights of
-    `QUANTIZED_LINEARS`. `attention`: of queries, keys, probabilities and values in the transformer."""
+    """`dtype`: of all that is not quantized, and of activations. `linears`: of `QUANTIZED_LINEARS`. `attention`: of
+    queries, keys, probabilities and values in the transformer.
+
+    `placements`: how a TensorRT plan may get its weights; the first is the default.
+    """
 
     name: str
     dtype: Dtype
     linears: Format | None = None
     attention: Format | None = None
+    placements: tuple[WeightPlacement, ...] = ("bound", "embedded")
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -54,6 +60,8 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("fp8", "bf16", linears="fp8"),
         Recipe("fp8-attention", "bf16", linears="fp8", attention="fp8"),
         Recipe("nvfp4", "bf16", linears="nvfp4"),
+        # A compiler that does not see the codes multiplies with them in bf16, after kernels that dequantize them.
+        Recipe("int4", "bf16", linears="int4", placements=("embedded",)),
     )
 }
 

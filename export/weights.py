@@ -19,7 +19,17 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from export.quantize import FP8_DTYPE, FP8_MAX, NVFP4_BLOCK, NVFP4_DTYPE, NVFP4_MAX, block_scale_name
+from export.quantize import (
+    FP8_DTYPE,
+    FP8_MAX,
+    INT4_BLOCK,
+    INT4_DTYPE,
+    INT4_MAX,
+    NVFP4_BLOCK,
+    NVFP4_DTYPE,
+    NVFP4_MAX,
+    block_scale_name,
+)
 from export.trace import Graph, WeightSlot
 from flux2_trt.errors import CheckpointError
 from flux2_trt.naming import Family
@@ -37,6 +47,7 @@ STORED_DTYPES: Mapping[str, tuple[str, int, torch.dtype]] = {
     "bfloat16": ("BF16", 16, torch.bfloat16),
     FP8_DTYPE: ("F8_E4M3", 8, torch.float8_e4m3fn),
     NVFP4_DTYPE: ("F4", 4, torch.uint8),
+    INT4_DTYPE: ("U8", 4, torch.uint8),  # safetensors has no 4-bit integers: two in a byte
 }
 """By the dtype of a slot: safetensors' name, the bits of an element, and the dtype of what torch writes."""
 # Between neighbours of E2M1; a tie goes to the even code, so the odd ones' boundaries lie just below it.
@@ -111,16 +122,21 @@ def write_weights(
                 put(name, codes)
                 put(block_scale_name(name), block_scales)
                 continue
+            if slot.dtype == INT4_DTYPE:
+                codes, block_scales = int4_codes(values, STORED_DTYPES[slots[block_scale_name(name)].dtype][2])
+                put(name, codes)
+                put(block_scale_name(name), block_scales)
+                continue
             if slot.dtype == FP8_DTYPE:
                 weight_scales[name] = scales.weights.get(name) or fp8_scale(values)
             put(name, _stored(values, slot, weight_scales.get(name)))
         for name, scale in graph.scales.items():
+            if scale.kind == "block":
+                continue
             weight = scale.weights[0]
             input_scale = inputs[weight] / (NVFP4_MAX if graph.weights[weight].dtype == NVFP4_DTYPE else 1)
-            if scale.kind == "quantize":
-                put(name, torch.tensor([1 / input_scale]))
-            elif scale.kind == "dequantize":
-                put(name, torch.tensor([input_scale * weight_scales[weight]]))
+            factor = 1 / input_scale if scale.kind == "quantize" else input_scale * weight_scales[weight]
+            put(name, torch.tensor([factor]))
     return spans
 
 
@@ -138,6 +154,22 @@ def nvfp4_codes(values: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch
         found = torch.bucketize(quotients.abs(), E2M1_BOUNDARIES, out_int32=True).to(torch.uint8)
         found |= (quotients < 0).to(torch.uint8) << 3
         part_codes.copy_(found[:, 0::2] | (found[:, 1::2] << 4))
+    return codes, block_scales
+
+
+def int4_codes(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `values` fp32 [N, K] codes uint8 [K, N/2], two in a byte, and block scales [K/64, N] in `dtype`."""
+    rows, columns = values.shape
+    codes = torch.empty(columns, rows // 2, dtype=torch.uint8)
+    block_scales = torch.empty(columns // INT4_BLOCK, rows, dtype=dtype)
+    for first in range(0, rows, ROWS_AT_ONCE):
+        blocks = values[first : first + ROWS_AT_ONCE].unflatten(1, (-1, INT4_BLOCK))
+        scales = (blocks.abs().amax(dim=-1) / INT4_MAX).to(dtype)
+        steps = scales.float()[..., None]
+        found = torch.where(steps > 0, blocks / steps, 0.0).round_().clamp_(-INT4_MAX - 1, INT4_MAX).flatten(1)
+        found = (found.to(torch.int8) & 15).to(torch.uint8).T
+        codes[:, first // 2 : (first + ROWS_AT_ONCE) // 2] = found[:, 0::2] | (found[:, 1::2] << 4)
+        block_scales[:, first : first + ROWS_AT_ONCE] = scales.T
     return codes, block_scales
 
 
@@ -183,7 +215,9 @@ def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, tuple[int, int
     for name, slot in sorted(weights.items(), key=lambda item: -STORED_DTYPES[item[1].dtype][1]):
         dtype, bits, _ = STORED_DTYPES[slot.dtype]
         length = math.prod(slot.shape) * bits // 8
-        entries[name] = {"dtype": dtype, "shape": list(slot.shape), "data_offsets": [position, position + length]}
+        *rows, columns = slot.shape
+        shape = [*rows, columns // 2 if slot.dtype == INT4_DTYPE else columns]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + length]}
         places[name] = (position, length)
         position += length
     header = json.dumps(entries, separators=(",", ":")).encode()

@@ -110,6 +110,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
         precision: str | None = None
         components: tuple[str, ...] | None = None
         checkpoint: str | None = None
+        weights: str | None = None
         calibration: Path | None = None
         sizes: tuple[str, ...] = ("any",)
         max_batch: int = 1
@@ -415,8 +416,8 @@ def test_a_terminal_shows_how_far_the_compiler_is(bench, terminal):
 def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
     result = flux2(
         "build", "tiny", "--target", "cpu", "--precision", "fp32", "--components", "transformer,vae_decoder",
-        "--checkpoint", "random:3", "--calibration", "scales.json", "--sizes", "512, 1mp", "--max-batch", "2",
-        "--max-references", "3", "--output", str(tmp_path / "home"),
+        "--checkpoint", "random:3", "--weights", "bound", "--calibration", "scales.json", "--sizes", "512, 1mp",
+        "--max-batch", "2", "--max-references", "3", "--output", str(tmp_path / "home"),
     )  # fmt: skip
     assert result.exit_code == 0 and Path(result.stdout.rstrip("\n")).is_dir() and "tracing" in result.stderr
     assert bench.builds == [
@@ -426,6 +427,7 @@ def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
             "precision": "fp32",
             "components": ("transformer", "vae_decoder"),
             "checkpoint": "random:3",
+            "weights": "bound",
             "calibration": Path("scales.json"),
             "sizes": ("512", "1mp"),
             "max_batch": 2,

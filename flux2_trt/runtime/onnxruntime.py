@@ -16,6 +16,7 @@ from flux2_trt.runtime.engine import Arrays
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 SPINNING = "session.intra_op.allow_spinning"
+INT4_ACCURACY, FP32_INPUTS = "session.qdq_matmulnbits_accuracy_level", "1"  # its default rounds inputs to 8 bits
 
 
 @cache
@@ -32,20 +33,19 @@ def _share_threads() -> bool:
 class OnnxRuntimeEngine:
     """A graph whose weights lie in a file beside it. Raises BundleError where ONNX Runtime refuses it.
 
-    Without a number of `threads` all engines of the process share one pool: components run one after another, and a
-    pool of its own for each, whose threads wait by spinning, costs a third of the speed on two cores.
+    All engines of the process share one pool of threads: components run one after another, and a pool of its own for
+    each, whose threads wait by spinning, costs a third of the speed on two cores.
     """
 
-    def __init__(self, plan: Path, weights: Path, threads: int | None = None) -> None:
+    def __init__(self, plan: Path, weights: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        elif _share_threads():
+        if _share_threads():
             options.use_per_session_threads = False
         else:
             options.add_session_config_entry(SPINNING, "0")
         options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.parent))
+        options.add_session_config_entry(INT4_ACCURACY, FP32_INPUTS)
         try:
             self.session = onnxruntime.InferenceSession(plan.read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # pybind exceptions of ONNX Runtime share no base class

@@ -32,10 +32,17 @@ def test_kernels_are_counted_by_profile_and_type() -> None:
     report = report_from_log(["Max Scratch Memory: 690268160 bytes", LOG, "Max Scratch Memory: 5 bytes"])
     assert report.to_dict() == {
         "profiles": [
-            {"gemms": {"FP8": 2}, "fused_attentions": {"BFloat16": 1}, "kinds": {"kgen": 2, "gemm": 2}, "kernels": 4},
+            {
+                "gemms": {"FP8": 2},
+                "fused_attentions": {"BFloat16": 1},
+                "fused_int4": 0,
+                "kinds": {"kgen": 2, "gemm": 2},
+                "kernels": 4,
+            },
             {
                 "gemms": {"FP8": 1, "BFloat16": 1},
                 "fused_attentions": {},
+                "fused_int4": 0,
                 "kinds": {"kgen": 2, "gemm": 2},
                 "kernels": 4,
             },

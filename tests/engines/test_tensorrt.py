@@ -95,6 +95,21 @@ def test_nvfp4_is_for_blackwell() -> None:
         compile_plan(graph, ranges, TARGETS["rtx4090"])
 
 
+@pytest.mark.parametrize(("precision", "target"), [("int4", "rtx3090"), ("nvfp4", "rtx5090")])
+def test_embedded_weights_are_in_the_plan_and_nowhere_else(tmp_path: Path, precision: str, target: str) -> None:
+    request = BuildRequest(
+        "tiny", target, precision, "embedded", ("text_encoder",), "random:0", sizes=("512",), output=tmp_path
+    )
+    bundle = Bundle.open(build(request, lambda message: None).bundle)
+    (record,) = bundle.manifest.components
+    assert (record.weights, record.weight_placement) == (None, "embedded")
+    files = sorted(path.name for path in bundle.path.rglob("*") if path.is_file())
+    assert files == ["bundle.json", "text_encoder.plan", "tokenizer.json"]
+    linears = 7 * published_spec("tiny").text_encoder.num_layers
+    (profile,) = record.layers["profiles"]
+    assert (profile["fused_int4"] if precision == "int4" else profile["gemms"]["FP4E2M1+FP8"]) == linears
+
+
 def test_nvfp4_needs_whole_blocks() -> None:
     with pytest.raises(Flux2Error, match=r"self_attn\.q_proj\.weight has 12 inputs; NVFP4 needs a multiple of 16"):
         quantize(traced_once("text_encoder", small_spec(), "bf16"), RECIPES["nvfp4"])

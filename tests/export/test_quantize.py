@@ -10,13 +10,14 @@ import onnx
 import pytest
 import torch
 from diffusers_models import ModuleSource, randomised, small_spec, traced_once
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from export.modules import build_module
 from export.quantize import FP8_DTYPE, FP8_MAX, quantize
 from export.recipes import RECIPES, Recipe
-from export.trace import Graph
+from export.trace import OPSET, Graph, WeightSlot
 from export.weights import Scales, place_external, write_weights
 from flux2_trt.errors import Flux2Error
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
@@ -84,6 +85,34 @@ def test_the_transformer_is_rounded_as_torch_rounds(
     # Values that fp32 rounds to either side of a tie become neighbours in FP8, 6 % apart: few, in sums of many.
     assert np.abs(ours - theirs).mean() < 0.1 * np.abs(theirs - plain).mean()
     assert np.abs(theirs - plain).max() > 1e-3
+
+
+def test_int4_is_a_rounding_of_blocks_of_weights(tmp_path: Path) -> None:
+    name = "double_blocks.0.img_mlp.2.weight"
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))  # [N, K]
+    weight[3, :64] = 0.0
+    inputs = [
+        onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["tokens", 128]),
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [128, 96]),
+    ]
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["tokens", 96])
+    node = onnx.helper.make_node("MatMul", ["x", name], ["y"])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "linear", inputs, [output]),
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=11,
+    )
+    plain = Graph("transformer", model, {name: WeightSlot((128, 96), "float", transposed=True)})
+    graph = quantize(plain, Recipe("int4 in fp32", "fp32", linears="int4"))
+
+    blocks = weight.unflatten(1, (2, 64))
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / 7
+    rounded_weight = (torch.nan_to_num(blocks / scale).round() * scale).flatten(1)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    ours = engine(graph, {name: weight}, tmp_path).run({"x": x.numpy()})["y"]
+    torch.testing.assert_close(torch.from_numpy(ours), F.linear(x, rounded_weight), rtol=1e-5, atol=1e-4)
+    assert (rounded_weight - weight).abs().max() <= scale.max() / 2
+    assert load_file(tmp_path / "weights.safetensors")[name].shape == (128, 48)  # two codes in a byte
 
 
 def engine(graph: Graph, state: dict[str, torch.Tensor], folder: Path) -> OnnxRuntimeEngine:

@@ -98,7 +98,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     spans = write_weights(graph, ModuleSource(module.state_dict()), folder / "weights.safetensors")
     plan = folder / "plan.onnx"
     plan.write_bytes(place_external(graph, spans, "weights.safetensors").SerializeToString())
-    engine = OnnxRuntimeEngine(plan, folder / "weights.safetensors", threads=1)
+    engine = OnnxRuntimeEngine(plan, folder / "weights.safetensors")
     return Traced(request.param, spec, graph, module, engine)
 
 
