@@ -19,11 +19,11 @@ import typer
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from benchmarks.tiny import draw
 from engines.build import BuildRequest, build
 from export.tiny.config import EvaluationConfig
 from export.tiny.dataset import Sample
 from export.tiny.evaluate import Pictures, held_out_scores
-from export.tiny.scenes import render
 from flux2_trt.pipeline import Flux2Pipeline
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,28 +35,21 @@ Trajectory = list[NDArray[np.float32]]
 
 def run(pipeline: Flux2Pipeline, config: EvaluationConfig) -> tuple[dict[str, float], list[Pictures], list[Trajectory]]:
     """Scores of the held-out samples, their pictures, and their latents after every step."""
-    width, height = config.size
     pictures: list[Pictures] = []
     trajectories: list[Trajectory] = []
 
     def generate(samples: Sequence[Sample], seeds: Sequence[int]) -> Pictures:
-        made = []
         for each, seed in zip(samples, seeds, strict=True):
             latents: Trajectory = []
-            made.append(
-                pipeline(
-                    each.prompt,
-                    image=[render(scene, width, height) for scene in each.references] or None,
-                    width=width,
-                    height=height,
-                    num_inference_steps=config.num_inference_steps,
-                    seed=seed,
-                    callback_on_step_end=lambda *step, kept=latents: kept.append(step[3]["latents"].copy()),
-                ).images[0]
-            )
+
+            def keep(
+                _pipeline: object, _step: int, _timestep: float, tensors: dict, kept: Trajectory = latents
+            ) -> None:
+                kept.append(tensors["latents"].copy())
+
+            pictures.append(draw(pipeline, each, seed, config, keep))
             trajectories.append(latents)
-        pictures.extend(np.asarray(picture) for picture in made)
-        return np.stack([np.asarray(picture) for picture in made])
+        return np.stack(pictures[-len(samples) :])
 
     return held_out_scores(generate, config), pictures, trajectories
 

@@ -20,7 +20,7 @@ from export.tiny.config import EvaluationConfig
 from export.tiny.dataset import Sample
 from export.tiny.evaluate import Pictures, held_out_scores
 from export.tiny.scenes import render
-from flux2_trt.pipeline import Flux2Pipeline
+from flux2_trt.pipeline import Flux2Pipeline, StepCallback
 
 RESULTS = Path(__file__).parent / "results"
 SIDE, CAPTION, GAP = 192, 56, 12
@@ -39,23 +39,32 @@ COMBINE = (("a large orange star on white", "a blue square on a yellow backgroun
 COMBINE_PROMPT = "the shape of image 1 in the colour of image 2"
 
 
+def draw(
+    pipeline: Flux2Pipeline,
+    each: Sample,
+    seed: int,
+    config: EvaluationConfig,
+    on_step_end: StepCallback | None = None,
+) -> Pictures:
+    """The picture of a sample, uint8 [H, W, 3]."""
+    width, height = config.size
+    output = pipeline(
+        each.prompt,
+        image=[render(scene, width, height) for scene in each.references] or None,
+        width=width,
+        height=height,
+        num_inference_steps=config.num_inference_steps,
+        seed=seed,
+        callback_on_step_end=on_step_end,
+    )
+    return np.asarray(output.images[0])
+
+
 def product_scores(pipeline: Flux2Pipeline, config: EvaluationConfig) -> dict[str, float]:
     """Held-out scores of pictures that the pipeline made."""
-    width, height = config.size
 
     def generate(samples: Sequence[Sample], seeds: Sequence[int]) -> Pictures:
-        pictures = [
-            pipeline(
-                each.prompt,
-                image=[render(scene, width, height) for scene in each.references] or None,
-                width=width,
-                height=height,
-                num_inference_steps=config.num_inference_steps,
-                seed=seed,
-            ).images[0]
-            for each, seed in zip(samples, seeds, strict=True)
-        ]
-        return np.stack([np.asarray(picture) for picture in pictures])
+        return np.stack([draw(pipeline, each, seed, config) for each, seed in zip(samples, seeds, strict=True)])
 
     return held_out_scores(generate, config)
 
