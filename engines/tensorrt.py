@@ -116,15 +116,17 @@ def _optimization_profile(builder: Any, graph: Graph, profile: Profile) -> Any:
 
 @cache
 def _log_of(compiler: str) -> Any:
-    """The one log of a process: the library keeps the first that it is given.
+    """The one log of a process: the library keeps the first that it is given."""
+    return _new_log(load_compiler(compiler))
 
-    A signal of the user's can arrive while the library calls us, and an exception must not pass through its frames:
-    `stopped` keeps it until the build has returned.
-    """
-    trt = load_compiler(compiler)
 
+def _new_log(trt: Any) -> Any:
     class Log(trt.ILogger):
-        """Keeps every message of a build."""
+        """Keeps every message of a build.
+
+        A signal of the user's can arrive while the library calls us, and an exception must not pass through its frames:
+        `stopped` keeps it until the build has returned.
+        """
 
         def __init__(self) -> None:
             super().__init__()

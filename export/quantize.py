@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 import onnx
 from onnx import NodeProto, TensorProto, helper
@@ -213,6 +214,6 @@ class _Rewriter:
     def _constant(self, name: str, element: int, value: float) -> None:
         self.model.graph.initializer.append(helper.make_tensor(name, element, [], [value]))
 
-    def _add(self, op_type: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def _add(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"node_{output}", **attributes))
         return output

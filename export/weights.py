@@ -179,7 +179,7 @@ def fp8_scale(values: torch.Tensor) -> float:
 
 
 def _shared_input_scales(graph: Graph, input_scales: Mapping[str, float]) -> dict[str, float]:
-    shared = {}
+    shared: dict[str, float] = {}
     for scale in graph.scales.values():
         if scale.kind == "quantize":
             missing = [name for name in scale.weights if name not in input_scales]

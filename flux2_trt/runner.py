@@ -225,14 +225,22 @@ def build_bundle(console: Console, **request: Any) -> dict[str, Any]:
             return build(BuildRequest(**request), on_progress=note, on_phase=on_phase).to_dict()
 
 
-def calibrate_model(console: Console, output: Path, *request: Any) -> dict[str, Any]:
-    """Calibrate and write the file. Arguments are those of `engines.calibration.calibrate`, without the last."""
+def calibrate_model(
+    console: Console,
+    output: Path,
+    model: str,
+    checkpoint: str | None,
+    pictures: Path | None,
+    samples: int,
+    device: str,
+) -> dict[str, Any]:
+    """Calibrate and write the file. Arguments are those of `engines.calibration.calibrate`."""
     with _building(console):
         from engines.calibration import calibrate
 
         if not output.absolute().parent.is_dir():
             raise UsageError(f"{output.parent} is no folder; give a file in one that exists")
-        calibration = calibrate(*request, on_progress=console.note)
+        calibration = calibrate(model, checkpoint, pictures, samples, device, on_progress=console.note)
         calibration.write(output)
         return {
             "calibration": str(output),
