@@ -45,8 +45,9 @@ def draw(
     seed: int,
     config: EvaluationConfig,
     on_step_end: StepCallback | None = None,
+    guidance: float | None = None,
 ) -> Pictures:
-    """The picture of a sample, uint8 [H, W, 3]."""
+    """The picture of a sample, uint8 [H, W, 3]; without `guidance` at the model's default."""
     width, height = config.size
     output = pipeline(
         each.prompt,
@@ -54,17 +55,19 @@ def draw(
         width=width,
         height=height,
         num_inference_steps=config.num_inference_steps,
+        guidance_scale=guidance,
         seed=seed,
         callback_on_step_end=on_step_end,
     )
     return np.asarray(output.images[0])
 
 
-def product_scores(pipeline: Flux2Pipeline, config: EvaluationConfig) -> dict[str, float]:
+def product_scores(pipeline: Flux2Pipeline, config: EvaluationConfig, guidance: float | None) -> dict[str, float]:
     """Held-out scores of pictures that the pipeline made."""
 
     def generate(samples: Sequence[Sample], seeds: Sequence[int]) -> Pictures:
-        return np.stack([draw(pipeline, each, seed, config) for each, seed in zip(samples, seeds, strict=True)])
+        pairs = zip(samples, seeds, strict=True)
+        return np.stack([draw(pipeline, each, seed, config, guidance=guidance) for each, seed in pairs])
 
     return held_out_scores(generate, config)
 
@@ -105,21 +108,24 @@ def _wrapped(prompt: str, width: int = 28) -> str:
 
 def main(
     count: Annotated[int, typer.Option(help="Held-out samples of every kind; 0 makes only the grid.")] = 100,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the scores (default: the model's).")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the scores.")] = EvaluationConfig.num_inference_steps,
     output: Annotated[Path, typer.Option(help="Folder for the result.")] = RESULTS,
 ) -> None:
-    """Score the built `tiny` and draw the grid."""
+    """Score the built `tiny` and draw the grid, which is always made with the model's defaults."""
     pipeline = Flux2Pipeline.from_pretrained("tiny")
     output.mkdir(parents=True, exist_ok=True)
     make_grid(pipeline).save(output / "tiny.png", optimize=True)
     if count:
-        config = EvaluationConfig(count=count)
+        config = EvaluationConfig(count=count, num_inference_steps=steps)
         result = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "bundle": pipeline.bundle.manifest.key,
             "samples_of_every_kind": count,
             "num_inference_steps": config.num_inference_steps,
+            "guidance_scale": pipeline.spec.sampling.guidance_scale if guidance is None else guidance,
             "size": config.size,
-            "scores": product_scores(pipeline, config),
+            "scores": product_scores(pipeline, config, guidance),
         }
         (output / "tiny.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(result, indent=2))
