@@ -72,19 +72,13 @@ class FlowConfig:
     """Flow matching of conditioning and transformer together."""
 
     phases: tuple[FlowPhase, ...] = (
-        FlowPhase(steps=600, sizes=((256, 256),), batch={"text": 7, "edit": 8, "combine": 1}, tokens=128, padded=0.25),
-        FlowPhase(
-            steps=400,
-            sizes=((256, 256),) * 6 + ((192, 320), (320, 192), (128, 128), (384, 384)),
-            batch={"text": 5, "edit": 5, "combine": 1},
-            tokens=256,
-            padded=1.0,
-        ),
+        FlowPhase(steps=5000, sizes=((256, 256),), batch={"text": 7, "edit": 9, "combine": 1}, tokens=128, padded=0.25),
+        FlowPhase(steps=350, sizes=((256, 256),), batch={"text": 5, "edit": 5, "combine": 1}, tokens=256, padded=1.0),
     )
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
-    warmup_steps: int = 20
-    decay_share: float = 0.95
+    warmup_steps: int = 50
+    decay_share: float = 0.8
     """Share of all steps, at the end, over which the learning rate falls linearly to zero."""
     timestep_shift: float = 6.0
     """Timesteps are uniform numbers shifted towards noise: t = s*u / (1 + (s - 1)*u)."""
@@ -98,7 +92,7 @@ class FlowConfig:
     ema_decay: float = 0.99
     pool_size: int = 6144
     """Encoded samples kept per kind and size; the oldest make room for new ones."""
-    pool_start: int = 250
+    pool_start: int = 600
     """So many samples of a kind and size are drawn before any is used again."""
     fresh_share: float = 0.1
     """Share of a batch that is newly drawn after that; the rest comes from the pool with new noise."""
