@@ -15,6 +15,7 @@ LIST_START = "Layers:"
 FUSED_ATTENTION = "_gemm_mha"
 FUSED_INT4 = re.compile(r"ReplCastMulCastFc")  # weights are dequantized in the kernel that multiplies with them
 NO_KERNELS = ("signal", "wait", "shape_call", "allocate", "deallocate")  # nothing runs on the GPU
+MERGED = "+"  # between the names of products with one input and constant weights, which become one kernel
 FP8, NVFP4 = "FP8", "FP4E2M1+FP8"
 """Data types of the inputs of a matrix product: NVFP4 has those of its block scales too."""
 
@@ -66,7 +67,8 @@ class ProfileReport:
     def missing(self, names: Collection[str], dtypes: str) -> list[str]:
         """Those of `names`, of matrix products in the graph, that are no matrix product in these data types here."""
         products = [layer for layer in self.layers if layer.kind == "gemm" and layer.dtypes == dtypes]
-        return sorted(set(names) - {_SUBGRAPH.sub("", layer.name) for layer in products})
+        there = {name for layer in products for name in _SUBGRAPH.sub("", layer.name).split(MERGED)}
+        return sorted(set(names) - there)
 
     def to_dict(self) -> dict[str, Any]:
         """Counts as JSON values; `kinds` are the compiler's names of all its kernels."""

@@ -58,5 +58,11 @@ def test_a_product_in_another_format_is_missing() -> None:
     assert first.missing(["node_a"], "FP4E2M1+FP8") == ["node_a"]
 
 
+def test_products_that_became_one_kernel_are_all_there() -> None:
+    merged = layer("node_v+node_k+node_q_myl0_4", "gemm", tensor("x", "FP8"), tensor("w", "FP8"))
+    (profile,) = report_from_log([f"Layers:\n{merged}"]).profiles
+    assert profile.missing(["node_q", "node_k", "node_v", "node_o"], "FP8") == ["node_o"]
+
+
 def test_a_log_without_a_list_has_no_profiles() -> None:
     assert report_from_log(["Building engine"]).profiles == ()
