@@ -71,11 +71,12 @@ def measure(case: Case) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> str:
     """One line of a table: what, seconds, memory, megabytes of plans, kernels of the transformer."""
-    components = {component["name"]: component for component in report["components"]}
     plans = sum(component["plan_bytes"] for component in report["components"]) / 1e6
     kernels = [
         f"{profile['gemms']} {profile['fused_attentions']}"
-        for profile in components["transformer"]["layers"]["profiles"]
+        for component in report["components"]
+        if component["name"] == "transformer"
+        for profile in component["layers"]["profiles"]
     ]
     return (
         f"{report['model']} {report['target']} {report['precision']}: {report['seconds']:.0f} s, "

@@ -20,7 +20,7 @@ from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, Target, resolve_placement, resolve_precision, resolve_target
 from engines.tensorrt import OnPhase, compile_plan, load_compiler
 from export.quantize import quantize
-from export.recipes import Recipe, recipe_named
+from export.recipes import RECIPES, Recipe
 from export.trace import OPSET, Graph, trace
 from export.weights import FAMILY_OF, Scales, TensorSource, place_external, write_weights
 from flux2_trt.bundle import Bundle
@@ -42,8 +42,8 @@ class BuildRequest:
     """What to build; None takes the default of the model or the target.
 
     `weights`: how the plan gets them ("external": as constants in a file beside it; "bound": as inputs; "embedded": as
-    constants in it); `sizes`,
-    `max_batch`, `max_references`: see `engines.shapes.ShapeRequest`; `output`: another store than the user's.
+    constants in it); `sizes`, `max_batch`, `max_references`: see `engines.shapes.ShapeRequest`; `output`: another store
+    than the user's.
     """
 
     model: str
@@ -103,7 +103,7 @@ def build(
     shapes = ShapeRequest(request.sizes, request.max_batch, request.max_references)
     source = resolve_source(request.model, request.checkpoint)
     components = _components(source, request.components)
-    recipe = recipe_named(precision)
+    recipe = RECIPES[precision]
     recipe = replace(recipe, dtype=target.dtype or recipe.dtype)
     placement = resolve_placement(target, recipe, request.weights)
     scales = scales_of(source, recipe, request.calibration)

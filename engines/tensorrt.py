@@ -7,7 +7,6 @@ compute capability and needs no GPU; TensorRT compiles for the GPU that it runs 
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -37,7 +36,6 @@ class Compiled:
 
     plan: Any
     report: LayerReport
-    seconds: float
 
 
 def load_compiler(name: str) -> Any:
@@ -66,7 +64,7 @@ def compile_plan(
 
     Raises Flux2Error with the compiler's own words where it refuses, Interrupted where `on_phase` cancelled.
     """
-    trt, started = load_compiler(target.compiler), time.monotonic()
+    trt = load_compiler(target.compiler)
     log = _log_of(target.compiler)
     log.begin()
     builder = trt.Builder(log)
@@ -94,7 +92,7 @@ def compile_plan(
         if monitor.cancelled:
             raise Interrupted(f"the build of {graph.component} was cancelled")
         raise Flux2Error(f"{target.compiler} cannot compile {graph.component} for {target.name}: {log.last_error}")
-    return Compiled(plan, report_from_log(log.messages), round(time.monotonic() - started, 2))
+    return Compiled(plan, report_from_log(log.messages))
 
 
 def _allow_decomposed_attention(trt: Any, network: Any) -> None:

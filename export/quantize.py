@@ -26,13 +26,14 @@ from onnx import NodeProto, TensorProto, helper
 from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Recipe
 from export.trace import Graph, ScaleSlot, WeightSlot
 from flux2_trt.errors import Flux2Error
+from flux2_trt.quantized import NVFP4_BLOCK
 
 ONE, ZERO = "fp8_scale", "fp8_zero_point"
 ATTENTION_SCALE, PROBABILITY_SCALE = "attention_scale", "fp8_probability_scale"
 BLOCK_ONE, TENSORRT_DOMAIN = "nvfp4_scale", "trt"
 FP8_DTYPE, NVFP4_DTYPE, INT4_DTYPE = "float8e4m3fn", "float4e2m1", "int4"
 FP8_MAX, NVFP4_MAX, INT4_MAX = 448.0, 6.0, 7.0
-NVFP4_BLOCK, INT4_BLOCK = 16, 64
+INT4_BLOCK = 64
 ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}
 
 
@@ -84,8 +85,9 @@ class _Rewriter:
         for node in graph.node:
             if self._is_quantized(node):
                 shared[node.input[0]].append(node.input[1])
-        self._constant(ONE, self.element, 1.0)
-        self._constant(ZERO, TensorProto.FLOAT8E4M3FN, 0.0)
+        if self.format == "fp8" or self._quantizes_attention:
+            self._constant(ONE, self.element, 1.0)
+            self._constant(ZERO, TensorProto.FLOAT8E4M3FN, 0.0)
         if self.format == "nvfp4":
             self._constant(BLOCK_ONE, TensorProto.FLOAT, 1.0)
             self.model.opset_import.append(helper.make_opsetid(TENSORRT_DOMAIN, 1))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flux2_trt.errors import UsageError
 from flux2_trt.manifest import WeightPlacement
 from flux2_trt.spec import Component
 
@@ -22,19 +21,16 @@ QUANTIZED_LINEARS: Mapping[Component, str] = {
     "transformer": r"(double|single)_blocks\.\d+\..+\.weight",
     "text_encoder": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
 }
-"""Names of the weights of linears that a recipe may quantize, as regular expressions."""
+"""Names of the weights of linears that a recipe may quantize, as regular expressions.
+
+All else stays in `Recipe.dtype`: img_in and final_layer.linear, since 128 channels on one side leave no time to gain
+and their errors go straight to latents; conditioning, which runs once a picture, and an error of whose modulation
+multiplies every token of every block; norms, which are vectors; embed_tokens, a lookup; the autoencoder, whose errors
+are seen in every pixel.
+"""
 
 QUANTIZED_ATTENTION: tuple[Component, ...] = ("transformer",)
 """Components whose attention a recipe may quantize: the text encoder runs once, on few tokens."""
-
-KEPT: Mapping[str, str] = {
-    "img_in, final_layer.linear": "128 channels on one side: no time to gain, and their errors go straight to latents",
-    "conditioning": "runs once a picture, and an error of its modulation multiplies every token of every block",
-    "norms": "vectors",
-    "embed_tokens": "a lookup",
-    "vae_encoder, vae_decoder": "convolutions, whose errors are seen in every pixel",
-}
-"""What stays in `Recipe.dtype` in every recipe, and why."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,3 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("int4", "bf16", linears="int4", placements=("embedded",)),
     )
 }
-
-
-def recipe_named(name: str) -> Recipe:
-    """Raises UsageError for a name that is not in `RECIPES`."""
-    if name not in RECIPES:
-        raise UsageError(f"unknown precision {name!r}; known are {', '.join(RECIPES)}")
-    return RECIPES[name]

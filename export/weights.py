@@ -25,7 +25,6 @@ from export.quantize import (
     INT4_BLOCK,
     INT4_DTYPE,
     INT4_MAX,
-    NVFP4_BLOCK,
     NVFP4_DTYPE,
     NVFP4_MAX,
     block_scale_name,
@@ -33,6 +32,7 @@ from export.quantize import (
 from export.trace import Graph, WeightSlot
 from flux2_trt.errors import CheckpointError
 from flux2_trt.naming import Family
+from flux2_trt.quantized import E2M1, NVFP4_BLOCK
 from flux2_trt.spec import Component
 
 FAMILY_OF: Mapping[Component, Family] = {
@@ -50,8 +50,8 @@ STORED_DTYPES: Mapping[str, tuple[str, int, torch.dtype]] = {
     INT4_DTYPE: ("U8", 4, torch.uint8),  # safetensors has no 4-bit integers: two in a byte
 }
 """By the dtype of a slot: safetensors' name, the bits of an element, and the dtype of what torch writes."""
-# Between neighbours of E2M1; a tie goes to the even code, so the odd ones' boundaries lie just below it.
-E2M1_BOUNDARIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+# Half way between neighbours; a tie goes to the even code, so the boundaries above odd ones lie just below it.
+E2M1_BOUNDARIES = torch.from_numpy((E2M1[1:] + E2M1[:-1]) / 2)
 E2M1_BOUNDARIES[1::2] = torch.nextafter(E2M1_BOUNDARIES[1::2], torch.zeros(3))
 ROWS_AT_ONCE = 1024
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # its reciprocal is finite

@@ -26,6 +26,11 @@ class Console:
     results: IO[str] = field(default_factory=lambda: sys.stdout)
     notes: IO[str] = field(default_factory=lambda: sys.stderr)
 
+    @property
+    def shows_bars(self) -> bool:
+        """On a terminal, unless the user wants none of it."""
+        return not self.json and not self.quiet and self.notes.isatty()
+
     def line(self, text: str | Path) -> None:
         """A line of a result; a path goes out byte for byte, whatever the encoding of the terminal."""
         if not self.json:
@@ -61,7 +66,7 @@ class Console:
 
         The phase is a bar on a terminal, and nothing elsewhere.
         """
-        if self.json or self.quiet or not self.notes.isatty():
+        if not self.shows_bars:
             yield self.note, lambda name, done, total: True
             return
         from rich.console import Console as Terminal
@@ -85,7 +90,7 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         """A bar on a terminal, nothing elsewhere; the function that it gives advances it by one."""
-        if self.json or self.quiet or not self.notes.isatty():
+        if not self.shows_bars:
             yield lambda: None
             return
         from rich.console import Console as Terminal

@@ -37,8 +37,9 @@ COMPANIONS = (*WEIGHT_SCALES, *INPUT_SCALES, OUTER_SCALE, MARK)
 WHOLE_FILE_MARK = "scaled_fp8"  # older ComfyUI: says that scales follow, and holds nothing
 BFL_METADATA, DIFFUSERS_METADATA = "_quantization_metadata", "quantization"
 CODES = {"float8_e4m3fn": "F8_E4M3", "nvfp4": "U8"}
-BLOCK = 16
+NVFP4_BLOCK = 16
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+"""The values of the 8 positive codes of NVFP4."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class QuantizedTensor:
             return values
         low, high = codes & 15, codes >> 4
         order = (high, low) if self.layout == "nvfp4 blocked" else (low, high)
-        values = e2m1_values()[np.stack(order, axis=-1)].reshape(len(codes), -1, BLOCK)
+        values = e2m1_values()[np.stack(order, axis=-1)].reshape(len(codes), -1, NVFP4_BLOCK)
         values *= (self.scale * np.float32(self.outer_scale))[:, :, None]
         return values.reshape(self.shape)
 
@@ -183,8 +184,8 @@ def _quantized(
             return QuantizedTensor("fp8", codes, scale.float32(), input_scale=input_scale)
         if scale.size == rows:
             return QuantizedTensor("fp8 by rows", codes, scale.float32(), input_scale=input_scale)
-    if codes.dtype == "U8" and outer is not None and scale.dtype == "F8_E4M3" and columns * 2 % BLOCK == 0:
-        plain, blocks = metadata.get(DIFFUSERS_METADATA) == "nvfp4", columns * 2 // BLOCK
+    if codes.dtype == "U8" and outer is not None and scale.dtype == "F8_E4M3" and columns * 2 % NVFP4_BLOCK == 0:
+        plain, blocks = metadata.get(DIFFUSERS_METADATA) == "nvfp4", columns * 2 // NVFP4_BLOCK
         if plain == (formats.get(weight) == "nvfp4"):
             says = "both of them" if plain else "neither"
             raise CheckpointError(

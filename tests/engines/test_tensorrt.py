@@ -22,19 +22,12 @@ from flux2_trt.models import published_spec
 pytest.importorskip("tensorrt_rtx")
 
 FP8_ATTENTION = RECIPES["fp8-attention"]
+REQUEST = BuildRequest("tiny", target="rtx4090", precision="fp8-attention", checkpoint="random:0", sizes=("512",))
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
-    request = BuildRequest(
-        "tiny",
-        target="rtx4090",
-        precision="fp8-attention",
-        checkpoint="random:0",
-        sizes=("512",),
-        output=tmp_path_factory.mktemp("store"),
-    )
-    return build(request, lambda message: None)
+    return build(replace(REQUEST, output=tmp_path_factory.mktemp("store")), lambda message: None)
 
 
 def test_every_linear_and_attention_is_what_the_recipe_says(report: BuildReport) -> None:
@@ -62,14 +55,7 @@ def test_a_bundle_of_made_up_weights_holds_plans_and_a_seed(report: BuildReport)
 
 
 def test_the_same_request_finds_it_again_and_other_shapes_do_not(report: BuildReport) -> None:
-    request = BuildRequest(
-        "tiny",
-        target="rtx4090",
-        precision="fp8-attention",
-        checkpoint="random:0",
-        sizes=("512",),
-        output=Path(report.bundle).parents[1],
-    )
+    request = replace(REQUEST, output=Path(report.bundle).parents[1])
     again = build(request, lambda message: None)
     assert again.reused and again.bundle == report.bundle
     other = build(replace(request, max_batch=2, components=("conditioning",)), lambda message: None)
