@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from engines.layers import FP8, NVFP4, LayerReport
 from engines.tensorrt import DECOMPOSABLE
+from export.graph import Graph
 from export.quantize import product_name
 from export.recipes import QUANTIZED_ATTENTION, Format, Recipe
-from export.trace import Graph
 
 KERNEL_DTYPES: Mapping[Format | None, str] = {"fp8": FP8, "nvfp4": NVFP4}
 

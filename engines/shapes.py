@@ -23,7 +23,7 @@ class Range:
 
 
 Profile = Mapping[str, Range]
-"""The dynamic sides of a component by the names that `export.trace` gives them."""
+"""The dynamic sides of a component by the names that `export.examples` gives them."""
 
 
 @dataclass(frozen=True)

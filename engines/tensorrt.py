@@ -16,7 +16,8 @@ from typing import Any
 from engines.layers import LayerReport, report_from_log
 from engines.shapes import Profile, shape_of
 from engines.targets import Target
-from export.trace import Graph
+from engines.timing_cache import TimingCache
+from export.graph import Graph
 from flux2_trt.errors import Flux2Error, Interrupted
 from flux2_trt.spec import Component
 
@@ -57,6 +58,7 @@ def compile_plan(
     target: Target,
     on_phase: OnPhase = lambda *_: True,
     model_file: Path | None = None,
+    timing_cache: TimingCache | None = None,
 ) -> Compiled:
     """Compile `graph` for `target`; its weights and scales are inputs of the plan.
 
@@ -80,11 +82,14 @@ def compile_plan(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     monitor = _progress_monitor(trt, log, on_phase)
     config.progress_monitor = monitor
-    if target.compute_capability:
+    if target.ahead_of_time and target.compute_capability:
+        capability = f"SM{target.compute_capability.replace('.', '')}"
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target.compute_capability), 0)
+        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
     for profile in profiles:
         config.add_optimization_profile(_optimization_profile(builder, graph, profile))
+    if timing_cache:
+        timing_cache.load(config)
     plan = builder.build_serialized_network(network, config)
     if log.stopped:
         raise log.stopped
@@ -92,6 +97,8 @@ def compile_plan(
         if monitor.cancelled:
             raise Interrupted(f"the build of {graph.component} was cancelled")
         raise Flux2Error(f"{target.compiler} cannot compile {graph.component} for {target.name}: {log.last_error}")
+    if timing_cache:
+        timing_cache.save(config)
     return Compiled(plan, report_from_log(log.messages))
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from export.graph import Graph, ScaleSlot, WeightSlot
 from export.recipes import QUANTIZED_ATTENTION, QUANTIZED_LINEARS, Recipe
-from export.trace import Graph, ScaleSlot, WeightSlot
 from flux2_trt.errors import Flux2Error
 from flux2_trt.quantized import NVFP4_BLOCK
 
@@ -40,8 +40,9 @@ ELEMENT_TYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}
 def quantize(graph: Graph, recipe: Recipe) -> Graph:
     """The graph of a component in the formats of `recipe`; `graph` was traced in `recipe.dtype` and stays as it is.
 
-    Weights of quantized linears become inputs of the format: float8e4m3fn [K, N], or float4e2m1 [N, K] or int4 [K, N]
-    with their block scales. Raises Flux2Error for a weight that the format or its place in the graph does not allow.
+    Weights of quantized linears become inputs of the format: float8e4m3fn in the recipe's layout, or float4e2m1 [N, K]
+    or int4 [K, N] with their block scales. Raises Flux2Error for a weight that the format or its place in the graph
+    does not allow.
     """
     pattern = QUANTIZED_LINEARS.get(graph.component)
     if pattern is None or recipe.linears is None:
@@ -75,6 +76,7 @@ class _Rewriter:
         self.model, self.pattern = model, re.compile(pattern)
         self.weights, self.scales = dict(graph.weights), dict(graph.scales)
         self.element, self.format = ELEMENT_TYPES[recipe.dtype], recipe.linears
+        self.fp8_layout = recipe.fp8_layout
         self._quantizes_attention = recipe.attention is not None and graph.component in QUANTIZED_ATTENTION
         self.nodes: list[NodeProto] = []
         self.quantized_inputs: dict[str, str] = {}
@@ -139,8 +141,12 @@ class _Rewriter:
         self._multiplied(product, dequantize, module, node.output[0])
 
     def _fp8_weight(self, weight: str) -> str:
-        self.weights[weight] = replace(self.weights[weight], dtype=FP8_DTYPE)
-        return self._add("DequantizeLinear", [weight, ONE], f"{weight}_values")
+        slot = replace(self.weights[weight], dtype=FP8_DTYPE)
+        if self.fp8_layout == "nk":
+            slot = replace(slot, shape=tuple(reversed(slot.shape)), transposed=not slot.transposed)
+        self.weights[weight] = slot
+        values = self._add("DequantizeLinear", [weight, ONE], f"{weight}_values")
+        return values if self.fp8_layout == "kn" else self._transposed(values, weight)
 
     def _int4_weight(self, weight: str) -> str:
         """Codes [K, N] with a scale for 64 of them along K."""
@@ -160,10 +166,10 @@ class _Rewriter:
         self.weights[weight] = WeightSlot((rows, columns), NVFP4_DTYPE, transposed=False)
         block = block_scale_name(weight)
         self.scales[block] = ScaleSlot("block", (weight,), (rows, columns // NVFP4_BLOCK), FP8_DTYPE)
-        values = self._block_values(weight, block, weight)
-        transposed = helper.make_node("Transpose", [values], [f"{weight}_kn"], perm=[1, 0])
-        self.nodes.append(transposed)
-        return transposed.output[0]
+        return self._transposed(self._block_values(weight, block, weight), weight)
+
+    def _transposed(self, values: str, weight: str) -> str:
+        return self._add("Transpose", [values], f"{weight}_kn", perm=[1, 0])
 
     def _block_round_trip(self, x: str, name: str) -> str:
         """`x` rounded to NVFP4 and back, with scales of its blocks that come from their largest values."""

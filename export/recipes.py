@@ -16,6 +16,8 @@ from flux2_trt.spec import Component
 
 Dtype = Literal["fp32", "bf16"]
 Format = Literal["fp8", "nvfp4", "int4"]
+WeightLayout = Literal["kn", "nk"]
+"""Order of a weight's axes in memory: inputs then outputs, as a MatMul reads it, or outputs then inputs."""
 
 QUANTIZED_LINEARS: Mapping[Component, str] = {
     "transformer": r"(double|single)_blocks\.\d+\..+\.weight",
@@ -38,7 +40,7 @@ class Recipe:
     """`dtype`: of all that is not quantized, and of activations. `linears`: of `QUANTIZED_LINEARS`. `attention`: of
     queries, keys, probabilities and values in the transformer.
 
-    `placements`: how a TensorRT plan may get its weights; the first is the default.
+    `placements`: how a TensorRT plan may get its weights; the first is the default. `fp8_layout`: the target's.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Recipe:
     linears: Format | None = None
     attention: Format | None = None
     placements: tuple[WeightPlacement, ...] = ("bound", "embedded")
+    fp8_layout: WeightLayout = "kn"
 
 
 RECIPES: Mapping[str, Recipe] = {

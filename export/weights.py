@@ -19,6 +19,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from export.graph import Graph, WeightSlot
 from export.quantize import (
     FP8_DTYPE,
     FP8_MAX,
@@ -29,7 +30,6 @@ from export.quantize import (
     NVFP4_MAX,
     block_scale_name,
 )
-from export.trace import Graph, WeightSlot
 from flux2_trt.errors import CheckpointError
 from flux2_trt.naming import Family
 from flux2_trt.quantized import E2M1, NVFP4_BLOCK
@@ -187,6 +187,16 @@ def _shared_input_scales(graph: Graph, input_scales: Mapping[str, float]) -> dic
                 raise CheckpointError(f"{missing[0]} has no input scale; calibrate the model, or build it in bf16")
             shared |= dict.fromkeys(scale.weights, max(input_scales[name] for name in scale.weights))
     return shared
+
+
+def read_spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Byte offset and length of every tensor in a weight file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    start = 8 + length
+    offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
+    return {name: (start + first, last - first) for name, (first, last) in offsets.items()}
 
 
 def place_external(graph: Graph, spans: Mapping[str, tuple[int, int]], file_name: str) -> onnx.ModelProto:

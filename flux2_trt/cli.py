@@ -136,12 +136,16 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Argument(help="tiny, dev, klein-4b, ..., a diffusers folder, or a .safetensors file.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="tiny, dev, ..., a diffusers folder, a .safetensors file, or a prepared bundle."),
+    ],
     target: Annotated[str, typer.Option(help="Device type to compile for; auto takes what is here.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="Number format (default: the target's).")] = None,
     components: Annotated[str | None, typer.Option(help="Only these, with commas between them.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Weights from here; random:SEED makes some up.")] = None,
     weights: Annotated[str | None, typer.Option(help="bound or embedded: beside the plan, or in it.")] = None,
+    plans: Annotated[str, typer.Option(help="whole, or blocks: plans for a device that streams weights.")] = "whole",
     calibration: Annotated[Path | None, typer.Option(help="Ranges of activations, for FP8 and NVFP4.")] = None,
     sizes: Annotated[str, typer.Option(help="any, or kernels of their own for each of 512,1mp,4mp.")] = "any",
     max_batch: Annotated[int, typer.Option(help="Most pictures in one batch.")] = 1,
@@ -150,7 +154,10 @@ def build(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compile a model into a bundle and print its path."""
+    """Compile a model into a bundle and print its path.
+
+    Plans for data-centre GPUs are compiled where one is: elsewhere this prepares a bundle, and says what is left.
+    """
     from flux2_trt.runner import build_bundle
 
     console = _console(json, quiet)
@@ -163,14 +170,18 @@ def build(
         components=names,
         checkpoint=checkpoint,
         weights=weights,
+        plans=plans,
         calibration=calibration,
         sizes=_split(sizes),
         max_batch=max_batch,
         max_references=max_references,
         output=output,
     )
-    how = "was there already" if report["reused"] else f"built in {report['seconds']:.1f} s"
+    verb = "prepared" if report["left"] else "built"
+    how = "was there already" if report["reused"] else f"{verb} in {report['seconds']:.1f} s"
     console.note(f"{report['model']} for {report['target']} in {report['precision']}: {how}")
+    if report["left"]:
+        console.note(report["left"])
     console.line(Path(report["bundle"]))
     console.object(report)
 
@@ -252,7 +263,7 @@ def list_bundles(json: Json = False, quiet: Quiet = False) -> None:
     console, store = _console(json, quiet), Store()
     found = store.list()
     for bundle in found:
-        state = "ok" if bundle.ok else f"damaged: {bundle.problem}"
+        state = f"damaged: {bundle.problem}" if not bundle.ok else "ok" if bundle.compiled else "not compiled yet"
         console.line(f"{bundle.path.name}  {size_text(bundle.bytes)}  {bundle.created or '?'}  {state}")
     if not found:
         console.note(f"no bundles in {store.bundles}; build one: flux2-trt build tiny")

@@ -63,6 +63,17 @@ class Draft:
     def asset_path(self, name: str) -> Path:
         return self._path("assets", name)
 
+    def adopt(self, record: FileRecord, source: Path) -> FileRecord:
+        """The same file as in another bundle: a second name for it where the file system has those, else a copy."""
+        folder, name = record.file.split("/", 1)
+        path = self._path(folder, name)
+        if not path.exists():
+            try:
+                os.link(source, path)
+            except OSError:
+                shutil.copyfile(source, path)
+        return record
+
     def record(self, path: Path) -> FileRecord:
         """Size and digest of a file that was written to the draft and will not change again."""
         return file_record(path, self.folder)

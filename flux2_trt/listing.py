@@ -14,7 +14,10 @@ from flux2_trt.manifest import MANIFEST_FILE, Manifest, identity_from_name
 
 @dataclass(frozen=True)
 class BundleSummary:
-    """A line of the listing. `problem`: why the bundle cannot be used; then what it cannot say is `?` or empty."""
+    """A line of the listing. `problem`: why the bundle cannot be used; then what it cannot say is `?` or empty.
+
+    `compiled`: its plans are there; a prepared bundle waits for the device that they need.
+    """
 
     path: Path
     model: str
@@ -24,6 +27,7 @@ class BundleSummary:
     bytes: int
     created: str
     problem: str | None = None
+    compiled: bool = True
 
     @property
     def ok(self) -> bool:
@@ -50,7 +54,8 @@ class BundleSummary:
         if manifest is None:
             return BundleSummary(path, *identity_from_name(path.name), folder_bytes(path), "", problem)
         name, recipe, target, key = manifest.model.name, manifest.recipe, manifest.target, manifest.key
-        return BundleSummary(path, name, recipe, target, key, manifest.total_bytes, manifest.created, problem)
+        total, created = manifest.total_bytes, manifest.created
+        return BundleSummary(path, name, recipe, target, key, total, created, problem, manifest.is_compiled)
 
 
 def is_bundle(path: Path) -> bool:

@@ -11,21 +11,23 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from flux2_trt.errors import BundleError, UsageError
 from flux2_trt.models import FAMILY
-from flux2_trt.spec import ModelSpec
+from flux2_trt.spec import TRANSFORMER_PARTS, ModelSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "bundle.json"
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 WeightPlacement = Literal["bound", "embedded", "external"]
 SYNTHETIC = "random"  # the key of a manifest's `source` that holds the seed of made-up weights
+UNCOMPILED = "none"  # the compiler of a plan that is still a graph
+PART_NAMES = frozenset(f"transformer.{part}" for part in TRANSFORMER_PARTS)
 
 
 class TensorShape(TypedDict):
@@ -102,8 +104,12 @@ class FileRecord:
 class ComponentRecord:
     """A compiled component: its plan, what it was compiled from and by, and where its weights are.
 
-    `shapes`: inputs and outputs by name. `layers`: the compiler's report, as it gave it. `weights`: None only where
-    they are embedded in the plan, or bound and made from a seed.
+    A transformer that is compiled block by block has a record for each part, "transformer.single_block" and so on,
+    whose inputs double_blocks.0.* and single_blocks.0.* take the weights of any block.
+
+    `shapes`: inputs and outputs by name. `profiles`: for every optimization profile the least, best and largest value
+    of each dynamic side; empty where any value goes. `layers`: the compiler's report, as it gave it. `weights`: None
+    only where they are embedded in the plan, or bound and made from a seed.
     """
 
     name: str
@@ -115,6 +121,7 @@ class ComponentRecord:
     weight_placement: WeightPlacement
     shapes: dict[str, TensorShape]
     layers: dict[str, Any]
+    profiles: list[dict[str, list[int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(_is_text(self.name), f"{self.name!r} is no component name")
@@ -130,6 +137,8 @@ class ComponentRecord:
         for tensor, value in self.shapes.items():
             _require(_is_tensor_shape(value), f"{self.name}: {tensor} has no dtype and shape but {value!r}")
         _require(isinstance(self.layers, dict), f"{self.name}: layers are no JSON object")
+        sound = isinstance(self.profiles, list) and all(map(_is_profile, self.profiles))
+        _require(sound, f"{self.name}: profiles are no list of ranges")
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,8 @@ class Manifest:
         names = [component.name for component in self.components]
         _require(bool(names), "no components")
         _require(len(names) == len(set(names)), f"more than one record of a component in {', '.join(names)}")
-        strangers = set(names) - set(self.model.components)
+        known = {*self.model.components, *(PART_NAMES if "transformer" in self.model.components else ())}
+        strangers = set(names) - known
         _require(not strangers, f"{self.model.name} has no component {', '.join(sorted(strangers))}")
         for component in self.components:
             without_file = component.weight_placement == "embedded" or (
@@ -191,10 +201,17 @@ class Manifest:
         return tuple(dict.fromkeys((*plans, *weights, *self.assets)))
 
     @property
+    def is_compiled(self) -> bool:
+        """Every plan is one, and none still a graph."""
+        return all(component.compiler != UNCOMPILED for component in self.components)
+
+    @property
     def makes_pictures(self) -> bool:
         """All components are there and the weights are no made-up ones: fit to be chosen without being named."""
         built = {component.name for component in self.components}
-        return built.issuperset(self.model.components) and SYNTHETIC not in self.source
+        if built >= PART_NAMES:
+            built.add("transformer")
+        return self.is_compiled and built.issuperset(self.model.components) and SYNTHETIC not in self.source
 
     @property
     def total_bytes(self) -> int:
@@ -285,6 +302,15 @@ def _is_text(value: object) -> bool:
 
 def is_sha256(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _is_profile(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(
+        isinstance(r, list) and len(r) == 3 and all(type(n) is int for n in r) and 0 <= r[0] <= r[1] <= r[2]
+        for r in value.values()
+    )
 
 
 def _is_tensor_shape(value: object) -> bool:

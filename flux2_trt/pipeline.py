@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, Interrupted, UsageError
 from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
 from flux2_trt.latents import noise_batch, pack, picture_seeds, position_ids, rotary_tables, unpack
+from flux2_trt.manifest import UNCOMPILED
 from flux2_trt.runtime.engine import RUNNABLE_TARGET, Engine
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
@@ -190,6 +192,11 @@ class Flux2Pipeline:
         """The engine of a component, loaded if it was not yet."""
         if component not in self._engines:
             record = self.bundle.component(component)
+            if record.compiler == UNCOMPILED:
+                raise BundleError(
+                    f"{self.bundle.path} is not compiled yet; on a machine with a {self.bundle.manifest.target}: "
+                    f"flux2-trt build {shlex.quote(str(self.bundle.path))}"
+                )
             if record.compiler != "onnxruntime":
                 raise BundleError(
                     f"{self.bundle.path} was compiled by {record.compiler}, which this version does not run; build it "

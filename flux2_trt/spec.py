@@ -14,6 +14,8 @@ from flux2_trt.errors import UsageError
 GuidanceKind = Literal["embedded", "classifier_free", "none"]
 ChatTemplate = Literal["mistral", "qwen3", "plain"]
 COMPONENTS = ("text_encoder", "conditioning", "transformer", "vae_encoder", "vae_decoder")
+TRANSFORMER_PARTS = ("prologue", "double_block", "single_block", "epilogue")
+"""The plans of a transformer that is compiled block by block; the two in the middle serve every block of their kind."""
 Component = Literal["text_encoder", "conditioning", "transformer", "vae_encoder", "vae_decoder"]
 
 

@@ -19,8 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from export.graph import Graph
 from export.recipes import Dtype
-from export.trace import Graph, trace
+from export.trace import trace
 from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.models import QWEN3_PROMPT, published_spec
 from flux2_trt.naming import Family

@@ -115,19 +115,27 @@ class TextEncoder(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
 
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """What the first layer takes: embeddings [B, T, d], rotary tables, and `attention_masks`."""
+        cos, sin = rotary_tables(input_ids.shape[1], self.spec.head_dim, self.spec.rope_theta, input_ids.device)
+        visible, sees = attention_masks(attention_mask)
+        x = self.embed_tokens(input_ids)
+        return x, cos, sin, visible, sees.to(x.dtype)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask [B, T] int64 to prompt embeds [B, T, len(hidden_states) * hidden_size] fp32.
 
         Padding on the left or on the right. A padded position that sees no token gets nothing from the attention, as
         in torch's scaled_dot_product_attention, instead of the NaN of a softmax over nothing.
         """
-        length = input_ids.shape[1]
-        cos, sin = rotary_tables(length, self.spec.head_dim, self.spec.rope_theta, input_ids.device)
-        visible, sees = attention_masks(attention_mask)
-
-        x = self.embed_tokens(input_ids)
+        x, *context = self.embed(input_ids, attention_mask)
         states = [x]
         for layer in self.layers:
-            x = layer(x, cos, sin, visible, sees.to(x.dtype))
+            x = layer(x, *context)
             states.append(x)
-        return torch.cat([states[index] for index in self.spec.hidden_states], dim=-1).float()
+        return side_by_side(*(states[index] for index in self.spec.hidden_states))
+
+
+def side_by_side(*states: Tensor) -> Tensor:
+    """Hidden states [B, T, d] as prompt embeds [B, T, len(states) * d] fp32."""
+    return torch.cat(states, dim=-1).float()

@@ -175,16 +175,23 @@ class Transformer(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.num_single_blocks))
         self.final_layer = FinalLayer(spec)
 
+    def prologue(self, latents: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+        """The image stream [B, N, d], and the rows of modulation of image and text stream, single blocks, final layer.
+
+        Arguments as in `forward`; the rows are as `split_modulation` gives them.
+        """
+        return self.img_in(latents.to(self.img_in.weight.dtype)), *split_modulation(modulation, self.hidden_size)
+
     def velocity(self, latents: Tensor, modulation: Tensor, text_tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The flow-matching velocity [B, N, C] in the compute dtype; arguments as in `forward`."""
-        img_row, txt_row, single_row, final_row = split_modulation(modulation, self.hidden_size)
-        img, txt = self.img_in(latents.to(text_tokens.dtype)), text_tokens
+        img, img_row, txt_row, single_row, final_row = self.prologue(latents, modulation)
+        txt = text_tokens
         for block in self.double_blocks:
             img, txt = block(img, txt, img_row, txt_row, cos, sin)
-        x = torch.cat((txt, img), dim=1)
+        hidden = join(txt, img)
         for block in self.single_blocks:
-            x = block(x, single_row, cos, sin)
-        return self.final_layer(x[:, txt.shape[1] :], final_row)
+            hidden = block(hidden, single_row, cos, sin)
+        return self.final_layer(image_tokens(hidden, text_tokens), final_row)
 
     def forward(
         self,
@@ -202,7 +209,22 @@ class Transformer(nn.Module):
         [T + N, D/2] fp32; dt [N] fp32, the step of sigma, zero for reference tokens, which therefore stay as they are;
         guidance_mix [B, B] fp32 combines the velocities of a batch of unconditional and conditional pictures.
         """
-        velocity = self.velocity(latents, modulation, text_tokens, cos, sin).float()
-        if guidance_mix is not None:
-            velocity = (guidance_mix @ velocity.flatten(1)).reshape(velocity.shape)
-        return latents + dt[:, None] * velocity
+        return euler_step(latents, self.velocity(latents, modulation, text_tokens, cos, sin), dt, guidance_mix)
+
+
+def join(txt: Tensor, img: Tensor) -> Tensor:
+    """Text and image stream as one, [B, T + N, d]."""
+    return torch.cat((txt, img), dim=1)
+
+
+def image_tokens(hidden: Tensor, text_tokens: Tensor) -> Tensor:
+    """What follows the text in the joined stream, [B, N, d]."""
+    return hidden[:, text_tokens.shape[1] :]
+
+
+def euler_step(latents: Tensor, velocity: Tensor, dt: Tensor, guidance_mix: Tensor | None = None) -> Tensor:
+    """`latents + dt * velocity` in fp32, [B, N, C]; arguments as in `Transformer.forward`."""
+    velocity = velocity.float()
+    if guidance_mix is not None:
+        velocity = (guidance_mix @ velocity.flatten(1)).reshape(velocity.shape)
+    return latents + dt[:, None] * velocity

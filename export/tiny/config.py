@@ -67,13 +67,21 @@ class FlowPhase:
     """Share of batches with all the padding that a prompt has at inference; the others spare the time."""
 
 
+OTHER_SIZES = (
+    *((128, 128), (192, 192), (384, 384), (512, 512)),
+    *((320, 192), (192, 320), (384, 256), (256, 384), (512, 256), (256, 512)),
+)
+SIZES = (*((256, 256),) * len(OTHER_SIZES), *OTHER_SIZES)
+"""Half of the batches at the default size, half at others."""
+
+
 @dataclass(frozen=True)
 class FlowConfig:
     """Flow matching of conditioning and transformer together."""
 
     phases: tuple[FlowPhase, ...] = (
-        FlowPhase(steps=5000, sizes=((256, 256),), batch={"text": 7, "edit": 9, "combine": 1}, tokens=128, padded=0.25),
-        FlowPhase(steps=350, sizes=((256, 256),), batch={"text": 5, "edit": 5, "combine": 1}, tokens=256, padded=1.0),
+        FlowPhase(steps=3000, sizes=SIZES, batch={"text": 4, "edit": 8, "combine": 1}, tokens=112, padded=0.25),
+        FlowPhase(steps=300, sizes=SIZES, batch={"text": 3, "edit": 6, "combine": 1}, tokens=1024, padded=1.0),
     )
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
@@ -90,9 +98,9 @@ class FlowConfig:
     """Weight in the loss of the head that reads the layout from the middle of the transformer."""
     prompt_dropout: float = 0.06
     ema_decay: float = 0.99
-    pool_size: int = 6144
+    pool_size: int = 1024
     """Encoded samples kept per kind and size; the oldest make room for new ones."""
-    pool_start: int = 600
+    pool_start: int = 60
     """So many samples of a kind and size are drawn before any is used again."""
     fresh_share: float = 0.1
     """Share of a batch that is newly drawn after that; the rest comes from the pool with new noise."""

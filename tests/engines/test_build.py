@@ -20,7 +20,7 @@ from flux2_trt.errors import CheckpointError, UsageError
     [
         (
             BuildRequest("tiny", target="tpu"),
-            r"unknown target 'tpu'; this version builds for cpu, rtx4090, l40s",
+            r"unknown target 'tpu'; this version builds for cpu, gb300, .*, h100, rtx4090, l40s",
         ),
         (BuildRequest("tiny", precision="int2"), r"target cpu does not run precision 'int2'; it runs fp32, fp8, fp8-a"),
         (
@@ -32,6 +32,13 @@ from flux2_trt.errors import CheckpointError, UsageError
             r"unknown size class '8mp'; known are any, 512",
         ),
         (BuildRequest("tiny", "a100", "int4", "bound"), r"target a100 takes embedded weights in int4, not bound"),
+        (
+            BuildRequest("tiny", "a100", "int4", plans="blocks"),
+            r"--plans blocks needs bound weights, .* embedded for a100",
+        ),
+        (BuildRequest("tiny", plans="blocks"), r"--plans blocks needs bound weights, .* external for cpu"),
+        (BuildRequest("tiny", "rtx4090", plans="all"), r"unknown --plans all; known are whole, blocks"),
+        (BuildRequest("tiny", "h100", "nvfp4"), r"target h100 does not run precision 'nvfp4'; it runs fp8, "),
         (BuildRequest("tiny", weights="bound"), r"target cpu takes external weights in fp32, not bound"),
         (BuildRequest("tiny", components=("unet",)), r"tiny has no component 'unet'; it has text_encoder, "),
         (BuildRequest("tiny", components=()), r"tiny cannot be built without components"),

@@ -20,8 +20,9 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 
+from export.graph import Graph
 from export.modules import build_module
-from export.trace import OPSET, Graph, trace
+from export.trace import OPSET, trace
 from export.weights import place_external, write_weights
 from flux2_trt.models import GUIDANCE_DISTILLED
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
 
+from export.graph import Graph, ScaleSlot, WeightSlot
 from export.quantize import FP8_DTYPE, NVFP4_DTYPE
-from export.trace import Graph, ScaleSlot, WeightSlot
 from export.weights import RandomSource, Scales, nvfp4_codes, place_external, write_weights
 from flux2_trt.errors import CheckpointError
 from flux2_trt.inventory import expected_tensors

@@ -1,0 +1,69 @@
+"""Prepared bundles: graphs and weights that wait for the device on which their plans have to be compiled.
+
+A prepared bundle is published like any other, with graphs where plans will be. The folder may be copied; where the
+device is, `flux2-trt build FOLDER` compiles it into a bundle of its own that shares the weight files.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+
+from engines.components import Compiler, Piece
+from engines.targets import Target
+from engines.tensorrt import load_compiler
+from export.graph import Graph
+from flux2_trt.bundle import Bundle
+from flux2_trt.doctor import find_gpus
+from flux2_trt.errors import Flux2Error
+from flux2_trt.manifest import content_key
+from flux2_trt.store import Store
+
+
+def what_is_left(bundle: Bundle, target: Target) -> str | None:
+    """What this machine lacks to compile a prepared bundle, and what to do; None where it lacks nothing."""
+    gpus, source = find_gpus()
+    lacks = []
+    if target.device(gpus) is None:
+        there = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or source
+        lacks.append(f"a {target.name} (compute capability {target.compute_capability}; here: {there})")
+    try:
+        load_compiler(target.compiler)
+    except Flux2Error as error:
+        lacks.append(str(error))
+    if not lacks:
+        return None
+    return (
+        f"graphs and weights are done; what is left is compiling {len(bundle.manifest.components)} plans, which needs "
+        f"{'; and '.join(lacks)}. There: flux2-trt build {shlex.quote(str(bundle.path))}"
+    )
+
+
+def compile_prepared(
+    prepared: Bundle, store: Store, compiler: Compiler, seconds: dict[str, float]
+) -> tuple[Bundle, bool]:
+    """The bundle with the plans of a prepared one, and whether it was there; `seconds` gets how long each plan took.
+
+    Its key has the compiler's version and the device, whose kernels were timed.
+    """
+    manifest, device = prepared.manifest, compiler.target.device(find_gpus()[0])
+    assert device
+    key = content_key({"prepared": manifest.key, "compiler": compiler.version, "device": device.name})
+    with store.publish(
+        key, model=manifest.model, recipe=manifest.recipe, target=manifest.target, on_wait=compiler.on_progress
+    ) as draft:
+        reused = draft.done
+        if not reused:
+            records = []
+            for record in manifest.components:
+                started = time.monotonic()
+                graph = Graph.from_bytes(prepared.plan_path(record.name).read_bytes())
+                if record.weights:
+                    weights = prepared.weights_path(record.name)
+                    assert weights
+                    draft.adopt(record.weights, weights)
+                records.append(compiler.compile(draft, Piece.of(record, graph)))
+                seconds[record.name] = round(time.monotonic() - started, 2)
+            assets = [draft.adopt(asset, prepared.path / asset.file) for asset in manifest.assets]
+            draft.finish(records, assets, source=manifest.source)
+    return draft.bundle, reused

@@ -1,0 +1,180 @@
+"""Parts: the transformer and the text encoder as functions that are traced one by one.
+
+The parts of the transformer but "join" are also plans of their own, for a card that streams its weights: prologue,
+every double block with the same plan and other weights, every single block likewise, epilogue. "join" is no work where
+text and image stream lie in one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from export.assembly import Assembly
+from export.examples import SIZES, TORCH_DTYPES, Dims, Example, Input
+from export.graph import Graph
+from export.modules.text_encoder import TextEncoder, side_by_side
+from export.modules.transformer import Transformer, euler_step, image_tokens, join
+from export.recipes import Dtype
+from flux2_trt.spec import Component, ModelSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function of a module and the inputs of `example`."""
+
+    compute: Callable[..., Any]
+    example: Example
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How a component is traced: `module` has no more than one block of each kind."""
+
+    module: Callable[[], nn.Module]
+    parts: Mapping[str, Part]
+    assemble: Callable[[Mapping[str, Graph]], Graph]
+
+
+def stack_of(component: Component, spec: ModelSpec, dtype: Dtype) -> Stack | None:
+    """None for a component that is traced in one piece."""
+    match component:
+        case "transformer":
+            return _transformer(spec, dtype)
+        case "text_encoder":
+            return _text_encoder(spec, dtype)
+    return None
+
+
+def assemble(component: Component, spec: ModelSpec, dtype: Dtype, graphs: Mapping[str, Graph]) -> Graph:
+    """The graph of a component from those of its parts."""
+    stack = stack_of(component, spec, dtype)
+    assert stack, f"{component} is one piece"
+    return stack.assemble(graphs)
+
+
+def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
+    size, compute = spec.transformer, TORCH_DTYPES[dtype]
+    d = size.hidden_size
+
+    def stream(name: str, tokens: str) -> Input:
+        return Input(name, ("batch", tokens, d), compute)
+
+    def row(name: str, width: int) -> Input:
+        return Input(name, (1, 1, width * d), compute)
+
+    latents = Input("latents", ("batch", "tokens", size.in_channels))
+    rotary = tuple(Input(name, ("all_tokens", size.head_dim // 2)) for name in ("cos", "sin"))
+    img, txt, hidden = stream("img", "tokens"), stream("txt", "text_tokens"), stream("hidden", "all_tokens")
+    rows = (row("img_modulation", 6), row("txt_modulation", 6), row("single_modulation", 3), row("final_modulation", 2))
+    mixes = spec.sampling.guidance_kind == "classifier_free"
+
+    def example(inputs: tuple[Input, ...], **outputs: Dims) -> Example:
+        return Example(inputs, outputs, SIZES)
+
+    def epilogue(model: Transformer, hidden: Any, text_tokens: Any, row: Any, latents: Any, *step: Any) -> Any:
+        velocity = model.final_layer(image_tokens(hidden, text_tokens), row)
+        return euler_step(latents, velocity, *step)
+
+    parts = {
+        "prologue": Part(
+            Transformer.prologue,
+            example(
+                (latents, Input("modulation", (1, size.modulation_size), compute)),
+                img=img.dims,
+                **{each.name: {} for each in rows},
+            ),
+        ),
+        "double_block": Part(
+            lambda model, *inputs: model.double_blocks[0](*inputs),
+            example((img, txt, *rows[:2], *rotary), updated_img=img.dims, updated_txt=txt.dims),
+        ),
+        "join": Part(lambda _, txt, img: join(txt, img), example((txt, img), hidden=hidden.dims)),
+        "single_block": Part(
+            lambda model, *inputs: model.single_blocks[0](*inputs),
+            example((hidden, rows[2], *rotary), updated_hidden=hidden.dims),
+        ),
+        "epilogue": Part(
+            epilogue,
+            example(
+                (
+                    *(hidden, stream("text_tokens", "text_tokens"), rows[3], latents, Input("dt", ("tokens",))),
+                    *([Input("guidance_mix", ("batch", "batch"))] if mixes else []),
+                ),
+                updated_latents=latents.dims,
+            ),
+        ),
+    }
+    if not size.num_double_blocks:
+        del parts["double_block"]
+    if not size.num_single_blocks:
+        del parts["single_block"]
+
+    def assemble(graphs: Mapping[str, Graph]) -> Graph:
+        whole = Assembly("transformer")
+        img, img_row, txt_row, single_row, final_row = whole.add(
+            graphs["prologue"], "prologue", ["latents", "modulation"]
+        )
+        txt = "text_tokens"
+        for index in range(size.num_double_blocks):
+            inputs = [img, txt, img_row, txt_row, "cos", "sin"]
+            img, txt = whole.add(graphs["double_block"], f"double_blocks.{index}", inputs)
+        (hidden,) = whole.add(graphs["join"], "join", [txt, img])
+        for index in range(size.num_single_blocks):
+            inputs = [hidden, single_row, "cos", "sin"]
+            (hidden,) = whole.add(graphs["single_block"], f"single_blocks.{index}", inputs)
+        step = ["dt", "guidance_mix"] if mixes else ["dt"]
+        inputs = [hidden, "text_tokens", final_row, "latents", *step]
+        whole.add(graphs["epilogue"], "epilogue", inputs, ["updated_latents"])
+        return whole.finish()
+
+    shallow = replace(
+        size, num_double_blocks=min(1, size.num_double_blocks), num_single_blocks=min(1, size.num_single_blocks)
+    )
+    return Stack(lambda: Transformer(shallow), parts, assemble)
+
+
+def _text_encoder(spec: ModelSpec, dtype: Dtype) -> Stack:
+    size, compute = spec.text_encoder, TORCH_DTYPES[dtype]
+    assert size
+
+    def state(name: str) -> Input:
+        return Input(name, ("batch", "text_tokens", size.hidden_size), compute)
+
+    ids, mask = (Input(name, ("batch", "text_tokens"), torch.int64) for name in ("input_ids", "attention_mask"))
+    x = state("x")
+    context = (
+        *(Input(name, ("text_tokens", size.head_dim // 2)) for name in ("cos", "sin")),
+        Input("visible", ("batch", 1, "text_tokens", "text_tokens"), torch.bool),
+        Input("sees", ("batch", "text_tokens", 1), compute),
+    )
+    parts = {
+        "embed": Part(TextEncoder.embed, Example((ids, mask), {each.name: each.dims for each in (x, *context)}, SIZES)),
+        "layer": Part(
+            lambda model, *inputs: model.layers[0](*inputs), Example((x, *context), {"updated_x": x.dims}, SIZES)
+        ),
+        "side_by_side": Part(
+            lambda _, *states: side_by_side(*states),
+            Example(
+                tuple(state(f"state_{index}") for index in range(len(size.hidden_states))),
+                {"prompt_embeds": x.dims},
+                SIZES,
+            ),
+        ),
+    }
+
+    def assemble(graphs: Mapping[str, Graph]) -> Graph:
+        whole = Assembly("text_encoder")
+        first, *values = whole.add(graphs["embed"], "embed", ["input_ids", "attention_mask"])
+        states = [first]
+        for index in range(size.num_layers):
+            states += whole.add(graphs["layer"], f"layers.{index}", [states[-1], *values])
+        chosen = [states[index] for index in size.hidden_states]
+        whole.add(graphs["side_by_side"], "side_by_side", chosen, ["prompt_embeds"])
+        return whole.finish()
+
+    return Stack(lambda: TextEncoder(replace(size, hidden_states=(1,))), parts, assemble)
