@@ -1,20 +1,22 @@
 """What the built-in model can do: `python -m benchmarks.tiny`.
 
 Scores of held-out prompts, edits and combinations, made by the pipeline itself from the built bundle and judged
-without a network, and the grid of pictures in the README. Writes `results/tiny.json` and `results/tiny.png`.
+without a network, and the pictures in the README. Writes `results/tiny.json`, `results/tiny.png` and
+`results/tiny_sizes.png`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from export.tiny.config import EvaluationConfig
 from export.tiny.dataset import Sample
@@ -36,6 +38,7 @@ EDITS = (
     (TEXT[1], "replace the square with a star"),
 )
 COMBINE = (("a large orange star on white", "a blue square on a yellow background"),)
+OTHER_SIZES = ((128, 128), (320, 192), (192, 320), (384, 384), (512, 512))
 COMBINE_PROMPT = "the shape of image 1 in the colour of image 2"
 
 
@@ -85,14 +88,25 @@ def make_grid(pipeline: Flux2Pipeline) -> Image.Image:
     return _sheet(cells)
 
 
+def make_sizes_grid(pipeline: Flux2Pipeline) -> Image.Image:
+    """The same prompts at other sizes."""
+    cells = []
+    for prompt in (TEXT[0], TEXT[3]):
+        for width, height in OTHER_SIZES:
+            picture = pipeline(prompt, width=width, height=height, seed=3).images[0]
+            cells.append((f"{width}x{height}: {prompt}", picture))
+    return _sheet(cells, columns=len(OTHER_SIZES))
+
+
 def _sheet(cells: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, rows * (SIDE + CAPTION + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for index, (prompt, picture) in enumerate(cells):
         x, y = GAP + index % columns * (SIDE + GAP), GAP + index // columns * (SIDE + CAPTION + GAP)
-        draw.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="lightgray")
-        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        fitted = ImageOps.contain(picture, (SIDE, SIDE))
+        draw.rectangle((x - 1, y - 1, x + fitted.width, y + fitted.height), outline="lightgray")
+        sheet.paste(fitted, (x, y))
         draw.text((x, y + SIDE + 4), _wrapped(prompt), fill="black", font=font)
     return sheet
 
@@ -107,7 +121,8 @@ def _wrapped(prompt: str, width: int = 28) -> str:
 
 
 def main(
-    count: Annotated[int, typer.Option(help="Held-out samples of every kind; 0 makes only the grid.")] = 100,
+    count: Annotated[int, typer.Option(help="Held-out samples of every kind; 0 makes only the grids.")] = 100,
+    other_count: Annotated[int, typer.Option(help="The same at each of some other sizes.")] = 20,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the scores (default: the model's).")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of the scores.")] = EvaluationConfig.num_inference_steps,
     output: Annotated[Path, typer.Option(help="Folder for the result.")] = RESULTS,
@@ -116,6 +131,7 @@ def main(
     pipeline = Flux2Pipeline.from_pretrained("tiny")
     output.mkdir(parents=True, exist_ok=True)
     make_grid(pipeline).save(output / "tiny.png", optimize=True)
+    make_sizes_grid(pipeline).save(output / "tiny_sizes.png", optimize=True)
     if count:
         config = EvaluationConfig(count=count, num_inference_steps=steps)
         result = {
@@ -126,6 +142,13 @@ def main(
             "guidance_scale": pipeline.spec.sampling.guidance_scale if guidance is None else guidance,
             "size": config.size,
             "scores": product_scores(pipeline, config, guidance),
+            "samples_at_other_sizes": other_count,
+            "scores_at_other_sizes": {
+                f"{width}x{height}": product_scores(
+                    pipeline, replace(config, count=other_count, size=(width, height)), guidance
+                )
+                for width, height in (OTHER_SIZES if other_count else ())
+            },
         }
         (output / "tiny.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(result, indent=2))

@@ -101,8 +101,10 @@ class Compiler:
         return compiler_version(self.target)
 
     @property
-    def timing_cache(self) -> TimingCache:
-        """What builds for another target or version measured is of no use."""
+    def timing_cache(self) -> TimingCache | None:
+        """Of this target and version; None where kernels are not timed."""
+        if not self.target.needs_device:
+            return None
         return TimingCache(self.timing / f"{self.target.compiler}-{self.version}-{self.target.name}.cache")
 
     def compile(self, draft: Draft, piece: Piece) -> ComponentRecord:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from engines import tensorrt
+from engines import tensorrt, timing_cache
 
 CLASSES = {
     "trt": "",
@@ -27,6 +27,7 @@ CLASSES = {
     "config": "IBuilderConfig.",
     "optimization": "IOptimizationProfile.",
     "layer": "IAttentionOutputLayer.",
+    "merged": "ITimingCache.",
     "self": "IProgressMonitor.",
 }
 """Classes by the names of the builder's variables."""
@@ -55,9 +56,10 @@ print(json.dumps([name for name in names if not there(name)]))
 
 
 def used_names() -> set[str]:
-    """Dotted names below the compiler's module, from the source of `engines.tensorrt`."""
+    """Dotted names below the compiler's module, from the source of what uses it."""
     found = set(OVERRIDDEN)
-    for node in ast.walk(ast.parse(Path(tensorrt.__file__).read_text(encoding="utf-8"))):
+    sources = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (tensorrt, timing_cache)]
+    for node in [node for source in sources for node in ast.walk(source)]:
         parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts.insert(0, node.attr)
@@ -83,6 +85,7 @@ def missing(module: str, names: set[str], **environment: str) -> list[str]:
 def test_the_names_are_those_of_the_builder() -> None:
     names = used_names()
     assert {"Builder.build_serialized_network", "OnnxParser.parse", "IAttention.decomposable"} <= names
+    assert {"IBuilderConfig.create_timing_cache", "ITimingCache.combine"} <= names
     assert len(names) > 20
 
 
