@@ -45,7 +45,7 @@ def quantize(graph: Graph, recipe: Recipe) -> Graph:
     does not allow.
     """
     pattern = QUANTIZED_LINEARS.get(graph.component)
-    if pattern is None or recipe.linears is None:
+    if pattern is None or recipe.linears is None or not any(re.fullmatch(pattern, name) for name in graph.weights):
         return graph
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)

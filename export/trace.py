@@ -25,17 +25,18 @@ from torch.export import Dim
 from export.examples import TORCH_DTYPES, Example, component_example
 from export.graph import Graph, WeightSlot, dims, dtype_name
 from export.modules import build_module
-from export.parts import Stack, stack_of
+from export.parts import stack_of
 from export.recipes import Dtype
 from flux2_trt.errors import Flux2Error
 from flux2_trt.spec import Component, ModelSpec
 
 OPSET = 23
+PREFIX = "module."  # of the names of parameters, in what the tracer sees
 EXPORTER_LOG = "torch.onnx"  # it warns of torchvision, which is not needed, before every graph
 
 
 class _Function(nn.Module):
-    """A function of a module, as a module for the tracer; its parameters have `PREFIX` before their names."""
+    """A function of a module, as a module for the tracer."""
 
     def __init__(self, module: nn.Module, compute: Callable[..., Any]) -> None:
         super().__init__()
@@ -43,9 +44,6 @@ class _Function(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         return self.compute(self.module, *inputs)
-
-
-PREFIX = "module."
 
 
 def trace(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph:
@@ -56,7 +54,7 @@ def trace(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph
     """
     stack = stack_of(component, spec, dtype)
     if stack:
-        return stack.assemble(_trace_parts(component, stack, dtype))
+        return stack.assemble(trace_parts(component, spec, dtype))
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = _in_dtype(dtype, lambda: build_module(component, spec))
         return _trace(component, _Function(module, nn.Module.__call__), component_example(component, spec))
@@ -66,10 +64,6 @@ def trace_parts(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") ->
     """The parts of a component that `export.parts` divides, by name; arguments and errors as of `trace`."""
     stack = stack_of(component, spec, dtype)
     assert stack, f"{component} is one piece"
-    return _trace_parts(component, stack, dtype)
-
-
-def _trace_parts(component: Component, stack: Stack, dtype: Dtype) -> dict[str, Graph]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = _in_dtype(dtype, stack.module)
         return {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from diffusers_models import small_spec, traced_once
+from safetensors.torch import load_file
 
 from engines.audit import lost_formats
 from engines.build import BuildReport, BuildRequest, build
@@ -18,6 +19,7 @@ from export.recipes import RECIPES
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import Flux2Error, Interrupted
 from flux2_trt.models import published_spec
+from flux2_trt.spec import TRANSFORMER_PARTS
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -52,6 +54,27 @@ def test_a_bundle_of_made_up_weights_holds_plans_and_a_seed(report: BuildReport)
     assert {record.compiler for record in bundle.manifest.components} == {"tensorrt_rtx"}
     assert not (Path(report.bundle) / "weights").exists()
     assert not bundle.manifest.makes_pictures
+
+
+def test_plans_of_blocks_share_one_weight_file(tmp_path: Path) -> None:
+    request = BuildRequest("tiny", "rtx4090", "fp8-attention", components=("transformer",), plans="blocks")
+    bundle = Bundle.open(build(replace(request, sizes=("512",), output=tmp_path), lambda message: None).bundle)
+    parts = {record.name.removeprefix("transformer."): record for record in bundle.manifest.components}
+    assert set(parts) == set(TRANSFORMER_PARTS)
+    profiles = {name: record.layers["profiles"][0] for name, record in parts.items()}
+    assert {name: profile["gemms"].get("FP8", 0) for name, profile in profiles.items()} == {
+        "prologue": 0,
+        "double_block": 8,
+        "single_block": 2,
+        "epilogue": 0,
+    }
+    assert profiles["double_block"]["fused_attentions"] == profiles["single_block"]["fused_attentions"] == {"FP8": 1}
+    files = {path.name for path in (bundle.path / "weights").iterdir()}
+    assert files == {"transformer.fp8-attention.safetensors"}
+    stored = set(load_file(bundle.weights_path("transformer.double_block")))
+    size = bundle.manifest.model.transformer
+    for block in range(size.num_double_blocks):
+        assert {f"double_blocks.{block}.{name}" for name in ("img_attn.qkv.weight", "img_attn.qkv.quantize")} <= stored
 
 
 def test_the_same_request_finds_it_again_and_other_shapes_do_not(report: BuildReport) -> None:
