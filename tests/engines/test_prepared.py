@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from engines import prepared
 from engines.build import BuildReport, BuildRequest, build
@@ -27,6 +27,7 @@ from flux2_trt.pipeline import Flux2Pipeline
 from flux2_trt.store import Store
 
 trt = pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.filterwarnings("ignore:Use .* instead:DeprecationWarning")  # of calls that do nothing there
 
 REQUEST = BuildRequest("tiny", "h100", "fp8", components=("conditioning", "text_encoder"))
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, "590.12", "9.0")
