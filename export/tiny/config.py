@@ -71,7 +71,8 @@ OTHER_SIZES = (
     *((128, 128), (192, 192), (384, 384), (512, 512)),
     *((320, 192), (192, 320), (384, 256), (256, 384), (512, 256), (256, 512)),
 )
-SIZES = (*((256, 256),) * len(OTHER_SIZES), *OTHER_SIZES)
+DEFAULT = ((256, 256),)
+SIZES = (*DEFAULT * len(OTHER_SIZES), *OTHER_SIZES)
 """Half of the batches at the default size, half at others."""
 
 
@@ -80,8 +81,9 @@ class FlowConfig:
     """Flow matching of conditioning and transformer together."""
 
     phases: tuple[FlowPhase, ...] = (
-        FlowPhase(steps=3000, sizes=SIZES, batch={"text": 4, "edit": 8, "combine": 1}, tokens=112, padded=0.25),
-        FlowPhase(steps=300, sizes=SIZES, batch={"text": 3, "edit": 6, "combine": 1}, tokens=1024, padded=1.0),
+        FlowPhase(steps=1250, sizes=SIZES, batch={"text": 4, "edit": 8, "combine": 1}, tokens=112, padded=0.25),
+        FlowPhase(steps=1650, sizes=DEFAULT, batch={"text": 4, "edit": 9, "combine": 1}, tokens=128, padded=0.25),
+        FlowPhase(steps=300, sizes=DEFAULT, batch={"text": 3, "edit": 7, "combine": 1}, tokens=256, padded=1.0),
     )
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
@@ -100,7 +102,7 @@ class FlowConfig:
     ema_decay: float = 0.99
     pool_size: int = 1024
     """Encoded samples kept per kind and size; the oldest make room for new ones."""
-    pool_start: int = 60
+    pool_start: int = 500
     """So many samples of a kind and size are drawn before any is used again."""
     fresh_share: float = 0.1
     """Share of a batch that is newly drawn after that; the rest comes from the pool with new noise."""
