@@ -19,10 +19,12 @@ from engines.shapes import DEFAULT_SIZES, ShapeRequest, profiles
 from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, Target, resolve_placement, resolve_precision, resolve_target
 from engines.tensorrt import OnPhase, compile_plan, load_compiler
+from export.conversion import Scales
 from export.quantize import quantize
 from export.recipes import RECIPES, Recipe
+from export.tensor_source import TensorSource
 from export.trace import OPSET, Graph, trace
-from export.weights import FAMILY_OF, Scales, TensorSource, place_external, write_weights
+from export.weights import FAMILY_OF, place_external, write_weights
 from flux2_trt.bundle import Bundle
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error, UsageError
@@ -34,6 +36,7 @@ from flux2_trt.store import Store
 
 ENGINES = Path(__file__).parent
 EXPORT = ENGINES.parent / "export"
+PACKAGE = ENGINES.parent / "flux2_trt"
 PACKAGES = ("torch", "onnx", "onnxscript")
 
 
@@ -127,6 +130,8 @@ def build(
     seconds: dict[str, float] = {}
     with store.publish(key, model=source.spec, recipe=precision, target=target.name, on_wait=on_progress) as draft:
         reused = draft.done
+        if draft.resumed:
+            on_progress("going on with the weights of a build that was interrupted")
         if not reused:
             _make(draft, job, identity, seconds, on_progress, on_phase)
     return _report(draft.bundle, reused, seconds, time.monotonic() - started)
@@ -182,7 +187,8 @@ def _make(
         if job.writes_weights:
             on_progress(f"writing the weights of {component}")
             path = draft.weights_path(component)
-            spans = write_weights(graph, opened[FAMILY_OF[component]], path, job.scales)
+            journal = draft.journal_path(component)
+            spans = write_weights(graph, opened[FAMILY_OF[component]], path, job.scales, journal)
             weights = draft.record(path) if job.placement != "embedded" else None
         on_progress(f"compiling {component}")
         if job.target.compiler == "onnxruntime":
@@ -244,15 +250,18 @@ def _compile_plan(
 
 @contextmanager
 def _constants(draft: Draft, graph: Graph, spans: Mapping[str, tuple[int, int]]) -> Iterator[Path]:
-    """A file of the graph with its weights as constants beside it; both go, and the plan keeps what was in them."""
+    """A file of the graph with its weights as constants beside it; both go, and the plan keeps what was in them.
+
+    Where there is no plan, the weights stay for another try.
+    """
     weights = draft.weights_path(graph.component)
     model_file = weights.with_suffix(".onnx")
     model_file.write_bytes(place_external(graph, spans, weights.name).SerializeToString())
     try:
         yield model_file
     finally:
-        weights.unlink()
         model_file.unlink()
+    weights.unlink()
 
 
 def compiler_version(target: Target) -> str:
@@ -284,6 +293,7 @@ def _code_digest() -> str:
     """Digest of the code that makes graphs, weight files and plans: a change there makes another bundle."""
     digest = hashlib.sha256()
     compiling = [ENGINES / "shapes.py", ENGINES / "tensorrt.py"]
-    for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py"), *compiling]):
+    reading = [PACKAGE / f"{name}.py" for name in ("checkpoint", "naming", "quantized", "tensor_file")]
+    for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py"), *compiling, *reading]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
