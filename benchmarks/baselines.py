@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from numpy.typing import NDArray
 from torch import nn
 
-from export.weights import TensorSource
+from export.tensor_source import TensorSource
 from flux2_trt.naming import Family, canonical_sources
 from flux2_trt.spec import AutoencoderSpec, ModelSpec, TransformerSpec
 

@@ -28,6 +28,7 @@ from flux2_trt.store import Store
 
 ENGINES = Path(__file__).parent
 EXPORT = ENGINES.parent / "export"
+PACKAGE = ENGINES.parent / "flux2_trt"
 PACKAGES = ("torch", "onnx", "onnxscript")
 TIMING = "timing"
 
@@ -156,6 +157,8 @@ def _made(
     job = Job(source, components, target, recipe, placement, layout, shapes, scales)
     with store.publish(key, model=source.spec, recipe=precision, target=target.name, on_wait=on_progress) as draft:
         reused = draft.done
+        if draft.resumed:
+            on_progress("going on with the weights of a build that was interrupted")
         if not reused:
             compiler = Compiler(target, recipe, store.root / TIMING, on_progress, on_phase)
             records = make(draft, job, compiler, seconds)
@@ -216,6 +219,7 @@ def _code_digest() -> str:
     """Digest of the code that makes graphs, weight files and plans: a change there makes another bundle."""
     digest = hashlib.sha256()
     compiling = [ENGINES / name for name in ("components.py", "shapes.py", "tensorrt.py")]
-    for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py"), *compiling]):
+    reading = [PACKAGE / f"{name}.py" for name in ("checkpoint", "naming", "quantized", "tensor_file")]
+    for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py"), *compiling, *reading]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -11,9 +11,10 @@ import numpy as np
 
 from engines.sources import ModelSource, resolve_source
 from export.calibrate import Calibration, CalibrationSample, Pixels, input_scales
+from export.conversion import NO_SCALES, Scales
 from export.quantize import FP8_MAX
 from export.recipes import QUANTIZED_LINEARS, Recipe
-from export.weights import FAMILY_OF, NO_SCALES, Scales
+from export.weights import FAMILY_OF
 from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.errors import UsageError
 from flux2_trt.images import load_reference, prepare_reference, reference_max_area

@@ -18,12 +18,14 @@ from engines.sources import ModelSource
 from engines.targets import PlanLayout, Target
 from engines.tensorrt import OnPhase, compile_plan, load_compiler
 from engines.timing_cache import TimingCache
+from export.conversion import Scales
 from export.graph import Graph
 from export.parts import assemble
 from export.quantize import quantize
 from export.recipes import Recipe
+from export.tensor_source import TensorSource
 from export.trace import trace, trace_parts
-from export.weights import FAMILY_OF, Scales, TensorSource, place_external, read_spans, write_weights
+from export.weights import FAMILY_OF, place_external, read_spans, write_weights
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error
 from flux2_trt.manifest import UNCOMPILED, ComponentRecord, FileRecord, WeightPlacement
@@ -161,7 +163,7 @@ def make(draft: Draft, job: Job, compiler: Compiler, seconds: dict[str, float]) 
         if job.writes_weights:
             compiler.on_progress(f"writing the weights of {component}")
             path = draft.weights_path(component)
-            write_weights(whole, opened[FAMILY_OF[component]], path, job.scales)
+            write_weights(whole, opened[FAMILY_OF[component]], path, job.scales, draft.journal_path(component))
             if job.placement != "embedded" or job.target.needs_device:
                 weights = draft.record(path)
         ranges = profiles(component, job.source.spec, job.shapes) if job.target.compute_capability else ()
@@ -192,15 +194,18 @@ def _keep(draft: Draft, piece: Piece) -> ComponentRecord:
 
 @contextmanager
 def _constants(draft: Draft, graph: Graph) -> Iterator[Path]:
-    """A file of the graph with its weights as constants beside it; both go, and the plan keeps what was in them."""
+    """A file of the graph with its weights as constants beside it; both go, and the plan keeps what was in them.
+
+    Where there is no plan, the weights stay for another try.
+    """
     weights = draft.weights_path(graph.component)
     model_file = weights.with_suffix(".onnx")
     model_file.write_bytes(place_external(graph, read_spans(weights), weights.name).SerializeToString())
     try:
         yield model_file
     finally:
-        weights.unlink()
         model_file.unlink()
+    weights.unlink()
 
 
 def compiler_version(target: Target) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from export.weights import RandomSource, TensorSource
+from export.tensor_source import RandomSource, TensorSource
 from flux2_trt import models
 from flux2_trt.bundle import file_sha256
 from flux2_trt.checkpoint import Checkpoint

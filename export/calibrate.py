@@ -26,7 +26,8 @@ from export.modules.text_encoder import Layer, attention_masks, rotary_tables
 from export.modules.transformer import DoubleBlock, SingleBlock, split_modulation
 from export.quantize import FP8_MAX
 from export.recipes import QUANTIZED_LINEARS
-from export.weights import SMALLEST_SCALE, TensorSource
+from export.rounding import SMALLEST_SCALE
+from export.tensor_source import TensorSource
 from flux2_trt.errors import Flux2Error
 from flux2_trt.latents import position_ids
 from flux2_trt.latents import rotary_tables as picture_rotary_tables

@@ -72,9 +72,10 @@ class Checkpoint:
         """As safetensors writes it: "BF16", "F32", "F8_E4M3", ..."""
         return self._view(name).dtype
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
+    def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.float32]:
         """The tensor as a new float32 array: exact from BF16, F16 and F32, rounded from F64, dequantized from codes.
 
+        `first`, `last`: only these rows of dimension 0 are read, as in a slice.
         Raises CheckpointError for a tensor that the checkpoint lacks or stores in another dtype (`raw` gives those).
         """
         view = self._view(name)
@@ -82,7 +83,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: {name} is {view.dtype}; only {', '.join(READABLE)} are read, give the BF16 checkpoint"
             )
-        return view.float32()
+        whole = first == 0 and last is None
+        return view.float32() if whole else view.rows(*slice(first, last).indices(view.shape[0])[:2]).float32()
 
     def raw(self, name: str) -> tuple[str, tuple[int, ...], Bytes]:
         """Dtype, shape and the bytes as stored, uint8 `[n]`; a view of the file where they lie in one piece."""
@@ -159,7 +161,10 @@ def _arranged(
     if (plain and quantized) or len({(part.layout, part.shape[1]) for part in quantized}) > 1:
         raise CheckpointError(f"{', '.join(source.names)} differ in how they are stored, so that they make no {name}")
     if quantized:
-        return QuantizedWeight(tuple(quantized), source.arrangement == "halves_swapped")
+        if source.arrangement != "halves_swapped":
+            return QuantizedWeight(tuple(quantized))
+        rows = _even_rows(source, quantized[0].shape)
+        return QuantizedWeight((quantized[0].rows(rows // 2, rows), quantized[0].rows(0, rows // 2)))
     return _arranged_plainly(name, source, plain)
 
 
@@ -171,13 +176,17 @@ def _arranged_plainly(name: str, source: Source, parts: list[TensorView]) -> Ten
         rows = sum(part.shape[0] for part in parts)
         return TensorView(first.dtype, (rows, *first.shape[1:]), tuple(s for part in parts for s in part.segments))
     if source.arrangement == "halves_swapped":
-        data = first.bytes()
-        if not first.shape or first.shape[0] % 2:
-            raise CheckpointError(f"{source.names[0]} has shape {list(first.shape)}, not two halves along dimension 0")
+        data, _ = first.bytes(), _even_rows(source, first.shape)
         return TensorView(first.dtype, first.shape, (data[data.size // 2 :], data[: data.size // 2]))
     if source.arrangement == "pointwise_conv" and len(first.shape) == 2:
         return TensorView(first.dtype, (*first.shape, 1, 1), first.segments)
     return first
+
+
+def _even_rows(source: Source, shape: tuple[int, ...]) -> int:
+    if not shape or shape[0] % 2:
+        raise CheckpointError(f"{source.names[0]} has shape {list(shape)}, not two halves along dimension 0")
+    return shape[0]
 
 
 @lru_cache

@@ -256,7 +256,7 @@ def _read_line(prompt: str) -> str:
 
 @bundles.command("list")
 def list_bundles(json: Json = False, quiet: Quiet = False) -> None:
-    """Every bundle, newest first."""
+    """Every bundle, newest first, then unfinished ones."""
     from flux2_trt.doctor import size_text, summary_values
     from flux2_trt.store import Store
 
@@ -265,9 +265,18 @@ def list_bundles(json: Json = False, quiet: Quiet = False) -> None:
     for bundle in found:
         state = f"damaged: {bundle.problem}" if not bundle.ok else "ok" if bundle.compiled else "not compiled yet"
         console.line(f"{bundle.path.name}  {size_text(bundle.bytes)}  {bundle.created or '?'}  {state}")
-    if not found:
+    left = store.unfinished()
+    for unfinished in left:
+        console.line(f"{unfinished.name}  {size_text(unfinished.bytes)}  ?  {unfinished.state}")
+    if not found and not left:
         console.note(f"no bundles in {store.bundles}; build one: flux2-trt build tiny")
-    console.object({"store": str(store.root), "bundles": [summary_values(bundle) for bundle in found]})
+    console.object(
+        {
+            "store": str(store.root),
+            "bundles": [summary_values(bundle) for bundle in found],
+            "unfinished": [{"name": each.name, "bytes": each.bytes, "state": each.state} for each in left],
+        }
+    )
 
 
 @bundles.command()

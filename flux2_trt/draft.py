@@ -1,12 +1,20 @@
-"""Draft: a bundle while it is being made, in a staging folder that nobody else writes to."""
+"""Draft: a bundle while it is being made, in a staging folder that nobody else writes to.
+
+.staging-<bundle>-<rest of the key>-*/
+    owner.json      who works here
+    bundle/         what will be published
+    journals/       which weights the files in bundle/weights hold, so that another process can go on
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import shutil
 import stat
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -19,7 +27,8 @@ from flux2_trt.manifest import MANIFEST_FILE, ComponentRecord, FileRecord, Manif
 from flux2_trt.spec import ModelSpec
 from flux2_trt.version import own_version
 
-OWNER_FILE = "owner.json"
+OWNER_FILE, CONTENT, JOURNALS = "owner.json", "bundle", "journals"
+WEIGHTS = "weights"
 FOLDER_MODE = 0o775  # never writable by everybody, whatever the umask
 
 
@@ -27,16 +36,23 @@ FOLDER_MODE = 0o775  # never writable by everybody, whatever the umask
 class Draft:
     """What `Store.publish` gives its caller: write files, take their records, `finish`.
 
-    `done` says that there is nothing to write, because the bundle of this key was there and verified.
+    `done` says that there is nothing to write, because the bundle of this key was there and verified; `resumed`, that
+    `staging` has weights which a process that was interrupted wrote for this key.
     """
 
-    folder: Path
+    staging: Path
     key: str
     model: ModelSpec
     recipe: str
     target: str
     manifest: Manifest | None = None
     published: Bundle | None = field(default=None, repr=False)
+    resumed: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """What will be published."""
+        return self.staging / CONTENT
 
     @property
     def name(self) -> str:
@@ -58,7 +74,12 @@ class Draft:
         return self._path("plans", f"{component}{suffix}")
 
     def weights_path(self, component: str) -> Path:
-        return self._path("weights", f"{component}.{file_name_part(self.recipe)}.safetensors")
+        return self._path(WEIGHTS, f"{component}.{file_name_part(self.recipe)}.safetensors")
+
+    def journal_path(self, component: str) -> Path:
+        """Where the progress of a component's weight file is to be kept."""
+        (self.staging / JOURNALS).mkdir(mode=FOLDER_MODE, exist_ok=True)
+        return self.staging / JOURNALS / component
 
     def asset_path(self, name: str) -> Path:
         return self._path("assets", name)
@@ -95,14 +116,18 @@ class Draft:
         )
 
     def begin(self) -> None:
-        """Makes the staging folder and says in it who works there."""
-        self.folder.mkdir(mode=FOLDER_MODE)
+        """Makes the staging folder, or leaves in it only what can be resumed, and says in it who works there."""
+        for folder in (self.staging, self.folder):
+            folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        for left in self.folder.iterdir():
+            if left.name != WEIGHTS:
+                delete(left)
         owner = {
             "pid": os.getpid(),
             "host": platform.node(),
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        (self.folder / OWNER_FILE).write_text(json.dumps(owner), encoding="utf-8")
+        (self.staging / OWNER_FILE).write_text(json.dumps(owner), encoding="utf-8")
 
     def seal(self) -> Bundle:
         """Puts everything on disk, the manifest last, and checks the result as any reader would.
@@ -111,7 +136,6 @@ class Draft:
         """
         if self.manifest is None:
             raise RuntimeError(f"the builder of {self.name} neither finished it nor said why")
-        (self.folder / OWNER_FILE).unlink()
         folders = [self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())]
         files = [path for folder in folders for path in folder.iterdir() if not path.is_dir()]
         unnamed = {path.relative_to(self.folder).as_posix() for path in files} - {r.file for r in self.manifest.files}
@@ -169,6 +193,22 @@ class Owner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, at it since {self.since}"
+
+
+def new_staging(bundles: Path, name: str, key: str) -> Path:
+    """A folder for the bundle `name`; its own name says the whole key."""
+    return bundles / f".staging-{name}-{key[12:]}-{uuid.uuid4().hex[:8]}"
+
+
+def staged(path: Path) -> tuple[str, str] | None:
+    """The bundle's name and the key of a staging folder; None for all else."""
+    match = re.fullmatch(r"\.staging-(.+-([0-9a-f]{12}))-([0-9a-f]{52})-[0-9a-f]{8}", path.name)
+    return (match[1], match[2] + match[3]) if match and path.is_dir() else None
+
+
+def can_resume(staging: Path) -> bool:
+    """Whether there are weights in it, and a journal to tell which."""
+    return (staging / CONTENT / WEIGHTS).is_dir() and (staging / JOURNALS).is_dir()
 
 
 def delete(path: Path) -> None:

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from flux2_trt.bundle import Bundle, read_manifest
+from flux2_trt.draft import Owner, staged
 from flux2_trt.errors import BundleError
 from flux2_trt.manifest import MANIFEST_FILE, Manifest, identity_from_name
 
@@ -56,6 +57,29 @@ class BundleSummary:
         name, recipe, target, key = manifest.model.name, manifest.recipe, manifest.target, manifest.key
         total, created = manifest.total_bytes, manifest.created
         return BundleSummary(path, name, recipe, target, key, total, created, problem, manifest.is_compiled)
+
+
+@dataclass(frozen=True)
+class UnfinishedBundle:
+    """A bundle that is being made, or whose making was interrupted. `owner`: who makes it, or did."""
+
+    name: str
+    key: str
+    path: Path
+    bytes: int
+    owner: Owner | None
+
+    @property
+    def state(self) -> str:
+        if self.owner and self.owner.lives:
+            return f"being built by {self.owner}"
+        return "unfinished: the same build goes on with it"
+
+    @staticmethod
+    def of(path: Path) -> UnfinishedBundle | None:
+        """None for what is no staging folder."""
+        found = staged(path)
+        return UnfinishedBundle(*found, path, folder_bytes(path), Owner.of(path)) if found else None
 
 
 def is_bundle(path: Path) -> bool:

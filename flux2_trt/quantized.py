@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, TypeAlias
 
@@ -57,6 +57,11 @@ class QuantizedTensor:
         rows, columns = self.codes.shape
         return rows, columns * (1 if self.layout.startswith("fp8") else 2)
 
+    def rows(self, first: int, last: int) -> QuantizedTensor:
+        """Those from `first` up to `last`, without it; still on disk."""
+        scale = self.scale if self.layout == "fp8" else self.scale.reshape(self.shape[0], -1)[first:last]
+        return replace(self, codes=self.codes.rows(first, last), scale=scale)
+
     def float32(self) -> Floats:
         """The values, [N, K]."""
         codes = self.codes.bytes().reshape(self.codes.shape)
@@ -73,10 +78,9 @@ class QuantizedTensor:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A canonical weight [N, K] made of one stored one, or of several along N, or of one with swapped halves."""
+    """A canonical weight [N, K]: stored ones, or rows of them, one below the other."""
 
     parts: tuple[QuantizedTensor, ...]
-    halves_swapped: bool = False
 
     @property
     def dtype(self) -> str:
@@ -98,10 +102,19 @@ class QuantizedWeight:
         scales = [part.input_scale for part in self.parts if part.layout == "fp8" and part.input_scale is not None]
         return max(scales) if len(scales) == len(self.parts) else None
 
+    def rows(self, first: int, last: int) -> QuantizedWeight:
+        """Those from `first` up to `last`, without it; still on disk."""
+        parts, start = [], 0
+        for part in self.parts:
+            begin, end = (min(max(row - start, 0), part.shape[0]) for row in (first, last))
+            if begin < end:
+                parts.append(part.rows(begin, end))
+            start += part.shape[0]
+        return QuantizedWeight(tuple(parts))
+
     def float32(self) -> Floats:
         values = [part.float32() for part in self.parts]
-        whole = values[0] if len(values) == 1 else np.concatenate(values)
-        return np.roll(whole, len(whole) // 2, axis=0) if self.halves_swapped else whole
+        return values[0] if len(values) == 1 else np.concatenate(values)
 
     def bytes(self) -> Bytes:
         """The codes."""

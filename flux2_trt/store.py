@@ -1,7 +1,7 @@
 """Store: the bundles of this machine; publishes, finds, lists, verifies and removes them.
 
     <root>/bundles/<bundle>             published: complete, and never written to again
-    <root>/bundles/.staging-<key>-*     being made by the holder of the lock, or left by a killed process
+    <root>/bundles/.staging-<bundle>-*  being made by the holder of the lock, or left by one that was interrupted
     <root>/bundles/.removed-<key>-*     on its way out
     <root>/locks/<key>.lock             stays: removing a lock file would split those who wait for it
 
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from flux2_trt.bundle import Bundle, read_manifest
-from flux2_trt.draft import FOLDER_MODE, Draft, Owner, delete, sync_folder
-from flux2_trt.errors import BundleError, Flux2Error, UsageError
-from flux2_trt.listing import BundleSummary, is_bundle
+from flux2_trt.draft import FOLDER_MODE, Draft, Owner, can_resume, delete, new_staging, staged, sync_folder
+from flux2_trt.errors import BundleError, Flux2Error, Interrupted, UsageError
+from flux2_trt.listing import BundleSummary, UnfinishedBundle, is_bundle
 from flux2_trt.manifest import build_command, bundle_name, identity_from_name, is_sha256
 from flux2_trt.spec import ModelSpec
 
@@ -43,6 +43,7 @@ def store_root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 Summaries: TypeAlias = "list[BundleSummary]"  # `Store.list` hides the builtin from the annotations of its class
+Unfinished: TypeAlias = "list[UnfinishedBundle]"
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,23 @@ class Store:
             bundle = draft.bundle
 
         One process at a time makes a key; `on_wait` is told whom the others wait for. The bundle appears whole or not
-        at all: any exception in the block, Ctrl-C included, removes what was written. A bundle of this key that is
-        there and passes `Bundle.verify` is left as it is, a damaged one is replaced. Raises Flux2Error where the disk
-        is full or the store cannot be written, BundleError where the files are not those that were recorded.
+        at all. What was written when the process is killed, or an exception ends the block, is removed, but for weights
+        with a `draft.journal_path`: the next to make this key finds those, and `remove` removes them. They go with
+        a Flux2Error, too, which says that the same would fail again. A bundle of this key that is there and passes
+        `Bundle.verify` is left as it is, a damaged one is replaced. Raises Flux2Error where the disk is full or the
+        store cannot be written, BundleError where the files are not those that were recorded.
         """
         if not is_sha256(key):
             raise ValueError(f"{key!r} is no content_key")
         name = bundle_name(model.name, recipe, target, key)
-        draft = Draft(self.bundles / f".staging-{key[:12]}-{uuid.uuid4().hex}", key, model, recipe, target)
+        draft = Draft(new_staging(self.bundles, name, key), key, model, recipe, target)
         with self._locked(key, name, on_wait):
-            with self._writing():
-                self._sweep(key)
             draft.published = self._verified(self.bundles / name, key)
-            if draft.published is None:
+            with self._writing():
+                left = self._sweep(key, resume=not draft.done)
+            if not draft.done:
+                if left:
+                    draft.staging, draft.resumed = left, True
                 try:
                     with self._writing():
                         draft.begin()
@@ -88,8 +93,10 @@ class Store:
                         yield draft
                     with self._writing():
                         draft.published = self._place(draft)
-                finally:
-                    self._clear(draft.folder)
+                except BaseException as error:
+                    self._abandon(draft, error)
+                    raise
+                self._clear(draft.staging)
                 return
         yield draft
 
@@ -131,16 +138,22 @@ class Store:
             f"no bundle of {wanted} in {self.bundles}; build it: {build_command(model, target or 'auto')}"
         )
 
+    def unfinished(self) -> Unfinished:
+        """Every bundle that is being made, or whose making was interrupted, by name."""
+        there = self.bundles.iterdir() if self.bundles.is_dir() else ()
+        return sorted(filter(None, map(UnfinishedBundle.of, there)), key=lambda bundle: bundle.name)
+
     def remove(self, which: str | Path, on_wait: Callable[[str], None] = _log.warning) -> Path:
-        """Removes a bundle by folder name, path or start of its key; gives the path that it had.
+        """Removes a bundle, finished or not, by folder name, path or start of its key; gives the path that it had.
 
         Raises UsageError for a path outside the store and for a start that fits several, BundleError where none fits.
         """
         path = self._locate(which)
         key = identity_from_name(path.name)[3]
         with self._locked(key, path.name, on_wait), self._writing():
-            if path.exists():  # else somebody was quicker
+            if path.exists():  # else somebody was quicker, or it is not finished
                 self._discard(path, key)
+            self._sweep(key)
         return path
 
     def verify(self, which: str | Path) -> Bundle:
@@ -154,22 +167,23 @@ class Store:
 
     def _locate(self, which: str | Path) -> Path:
         text = os.fspath(which)
-        names = {bundle.path.name: bundle for bundle in self.list()}
-        if text in names:
-            return names[text].path
+        keys = {bundle.name: bundle.key for bundle in self.unfinished()}
+        keys |= {bundle.path.name: bundle.key for bundle in self.list()}
+        if text in keys:
+            return self.bundles / text
         if set(text) & {os.sep, os.altsep or os.sep} or text in ("", ".", ".."):
             given = Path(os.path.abspath(text))
             if given.parent.resolve() != self.bundles.resolve():
                 raise UsageError(f"{text!r} is outside of the bundle store {self.bundles}; see: flux2-trt bundles list")
-            if given.name in names:
-                return names[given.name].path
+            if given.name in keys:
+                return self.bundles / given.name
         start = text if re.fullmatch(r"[0-9a-f]{4,64}", text) else "?"
-        keyed = [name for name, bundle in names.items() if bundle.key.startswith(start[: len(bundle.key)])]
+        keyed = [name for name, key in keys.items() if key.startswith(start[: len(key)])]
         if len(keyed) > 1:
             raise UsageError(f"{text!r} fits {len(keyed)} bundles, name one of them: {', '.join(keyed)}")
         if not keyed:
             raise BundleError(f"no bundle {text!r} in {self.bundles}; see: flux2-trt bundles list")
-        return names[keyed[0]].path
+        return self.bundles / keyed[0]
 
     def _verified(self, path: Path, key: str) -> Bundle | None:
         if not os.path.lexists(path):
@@ -203,14 +217,35 @@ class Store:
         path.rename(aside)  # at once, so that nobody opens half a bundle; a running engine keeps what it has mapped
         delete(aside)
 
-    def _sweep(self, key: str) -> None:
-        """Removes what killed processes left of this key: its lock is ours, so nobody works there."""
+    def _sweep(self, key: str, resume: bool = False) -> Path | None:
+        """Removes what killed processes left of this key: its lock is ours, so nobody works there.
+
+        With `resume`, one folder that can be resumed stays; gives its path.
+        """
+        kept: Path | None = None
         for path in self.bundles.glob(f".*-{key[:12]}-*"):
             owner = Owner.of(path)
             if owner and owner.lives:  # on a file system whose locks do nothing
                 _log.warning("leaving %s to %s", path, owner)
+            elif resume and kept is None and can_resume(path) and (of := staged(path)) and of[1] == key:
+                kept = path
             else:
                 self._clear(path)
+        return kept
+
+    def _abandon(self, draft: Draft, error: BaseException) -> None:
+        """Keeps what can be resumed, but for an error that the same build would meet again."""
+        about_disk = isinstance(error.__cause__, OSError) or _is_disk_full(error.__cause__)
+        if not can_resume(draft.staging) or (
+            isinstance(error, Flux2Error) and not isinstance(error, Interrupted) and not about_disk
+        ):
+            self._clear(draft.staging)
+            return
+        _log.warning(
+            "weights that were converted are kept: the same build goes on with them, `flux2-trt bundles remove %s` "
+            "removes them",
+            draft.name,
+        )
 
     def _clear(self, folder: Path) -> None:
         try:
@@ -233,7 +268,7 @@ class Store:
                     lock.acquire(timeout=seconds)
             except Timeout:
                 seconds = NEXT_NOTICE_SECONDS
-                owners = map(Owner.of, self.bundles.glob(f".staging-{key[:12]}-*"))
+                owners = map(Owner.of, self.bundles.glob(f".staging-*-{key[:12]}-*"))
                 owner = next(filter(None, owners), "another process")
                 on_wait(f"waiting for {owner}, to finish {name} ({lock.lock_file})")
         try:
@@ -272,7 +307,7 @@ class Store:
             ) from error
 
 
-def _is_disk_full(error: Exception) -> bool:
+def _is_disk_full(error: BaseException | None) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left on device" in str(error)  # safetensors and ONNX Runtime raise classes of their own

@@ -47,6 +47,15 @@ class TensorView:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def rows(self, first: int, last: int) -> TensorView:
+        """Those from `first` up to `last`, without it, along dimension 0; still on disk."""
+        row_bytes = math.prod(self.shape[1:]) * BITS[self.dtype] // 8
+        segments, start = [], 0
+        for segment in self.segments:
+            segments.append(segment[max(first * row_bytes - start, 0) : max(last * row_bytes - start, 0)])
+            start += segment.size
+        return TensorView(self.dtype, (last - first, *self.shape[1:]), tuple(part for part in segments if part.size))
+
     def bytes(self) -> Bytes:
         """The stored bytes as uint8 `[n]`, read-only and not copied where the tensor lies in one piece."""
         return self.segments[0] if len(self.segments) == 1 else np.concatenate(self.segments)

@@ -134,8 +134,11 @@ class ModuleSource:
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
         self.state = state
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        return self.state[name].numpy()
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.state[name].shape)
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        return self.state[name][first:last].numpy()
 
 
 def small_spec() -> ModelSpec:

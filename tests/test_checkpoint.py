@@ -76,6 +76,7 @@ def assert_holds(checkpoint: Checkpoint, expected: Mapping[str, np.ndarray]) -> 
     for name, value in expected.items():
         assert checkpoint.shape(name) == value.shape, name
         np.testing.assert_array_equal(checkpoint.read(name), value, err_msg=name)
+        np.testing.assert_array_equal(checkpoint.read(name, 1, len(value) - 1), value[1:-1], err_msg=name)
 
 
 def refused(call: Callable[[], Any]) -> str:

@@ -469,6 +469,23 @@ def test_bundles_are_listed_verified_and_removed(bench):
     assert flux2("bundles", "remove", "/etc/passwd").exit_code == 2
 
 
+def test_a_build_that_was_interrupted_is_listed_and_removed(bench):
+    key = content_key({"model": "tiny"})
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Store().publish(key, model=published_spec("tiny"), recipe="fp8", target="cpu") as draft,
+    ):
+        draft.weights_path("transformer").write_bytes(b"weights")
+        draft.journal_path("transformer").touch()
+        raise KeyboardInterrupt
+    line = flux2("bundles", "list").stdout
+    assert line.startswith(draft.name) and "unfinished: the same build goes on with it" in line
+    listed = the_object(flux2("bundles", "list", "--json"))
+    assert listed["bundles"] == [] and [each["name"] for each in listed["unfinished"]] == [draft.name]
+    assert flux2("bundles", "remove", draft.name).exit_code == 0
+    assert flux2("bundles", "list").stdout == ""
+
+
 def test_verify_exits_3_and_names_the_damaged_file(bench):
     sound, folder = publish(), publish("dev")
     plan = folder / "plans" / "transformer.onnx"

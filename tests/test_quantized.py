@@ -128,6 +128,26 @@ def test_fused_projections_of_quantized_parts(tmp_path: Path, same: bool) -> Non
     assert checkpoint.input_scale(name) == 3.0
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("layout", ["fp8", "fp8 by rows", "nvfp4"])
+def test_rows_are_those_of_the_whole(tmp_path: Path, layout: str, parts: int) -> None:
+    quantize = {
+        "fp8": lambda: (fp8(WEIGHT, torch.tensor(0.1)), torch.tensor(0.1)),
+        "fp8 by rows": lambda: diffusers_bfl.quantize_fp8r(WEIGHT),
+        "nvfp4": lambda: diffusers_bfl.quantize_nvfp4(WEIGHT),
+    }[layout]
+    owners = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"] if parts == 3 else ["norm_out.linear"]
+    names = ("weight", "weight_scale", "weight_scale_2")
+    stored = {
+        f"{owner}.{name}": part.clone() for owner in owners for name, part in zip(names, quantize(), strict=False)
+    }
+    checkpoint = opened(tmp_path, stored, DIFFUSERS if layout == "nvfp4" else None)
+    (name,) = checkpoint.names()
+    whole = checkpoint.read(name)
+    for first, last in ((0, 7), (70, 90), (150, 330), (len(whole) - 1, None)):
+        np.testing.assert_array_equal(checkpoint.read(name, first, last), whole[first:last])
+
+
 def test_swapped_halves_of_a_quantized_weight(tmp_path: Path) -> None:
     codes, scale = diffusers_bfl.quantize_fp8r(WEIGHT)
     checkpoint = opened(tmp_path, {"norm_out.linear.weight": codes, "norm_out.linear.weight_scale": scale})

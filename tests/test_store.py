@@ -16,7 +16,7 @@ import pytest
 
 from flux2_trt.bundle import Bundle, ComponentRecord, content_key, read_manifest
 from flux2_trt.draft import Draft
-from flux2_trt.errors import BundleError, Flux2Error, UsageError
+from flux2_trt.errors import BundleError, CheckpointError, Flux2Error, Interrupted, UsageError
 from flux2_trt.models import published_spec
 from flux2_trt.store import Store, store_root
 
@@ -194,9 +194,11 @@ def race(root, barrier, results):
     results.put((built, draft.bundle.manifest.created))
 
 
-def hang(root, started):
+def hang(root, started, journal):
     with Store(root).publish(KEY, model=published_spec("tiny"), recipe="fp32", target="cpu") as draft:
         fill(draft)
+        if journal:
+            draft.journal_path("transformer").write_text("the weights")
         started.set()
         time.sleep(HANG_SECONDS)
 
@@ -214,19 +216,83 @@ def test_two_processes_build_one_key_once(store):
     assert len(content(store)) == 1
 
 
-def test_killed_process_leaves_no_bundle_and_the_next_cleans_up(store):
+def killed(store, journal=False) -> None:
     started = SPAWN.Event()
-    process = SPAWN.Process(target=hang, args=(store.root, started), daemon=True)
+    process = SPAWN.Process(target=hang, args=(store.root, started, journal), daemon=True)
     process.start()
     assert started.wait(HANG_SECONDS)
     os.kill(process.pid, signal.SIGKILL)
     process.join(HANG_SECONDS)
+
+
+def test_killed_process_leaves_no_bundle_and_the_next_cleans_up(store):
+    killed(store)
     (left,) = content(store)
-    assert left.startswith(f".staging-{KEY[:12]}-") and store.list() == []
+    assert left.startswith(f".staging-tiny-fp32-cpu-{KEY[:12]}-") and store.list() == []
     (store.bundles / f".removed-{KEY[:12]}-{'0' * 32}").mkdir()
     (store.bundles / f".staging-{other_key(1)[:12]}-{'0' * 32}").mkdir()  # of another key: not ours to touch
     publish(store).verify()
     assert content(store) == [f".staging-{other_key(1)[:12]}-{'0' * 32}", f"tiny-fp32-cpu-{KEY[:12]}"]
+
+
+def test_weights_with_a_journal_survive_a_kill_and_nothing_else_does(store):
+    killed(store, journal=True)
+    (left,) = store.unfinished()
+    assert (left.name, left.key) == (f"tiny-fp32-cpu-{KEY[:12]}", KEY) and left.bytes > len(WEIGHTS)
+    assert store.list() == []
+    with store.publish(KEY, model=published_spec("tiny"), recipe="fp32", target="cpu") as draft:
+        assert draft.resumed and draft.journal_path("transformer").read_text() == "the weights"
+        files = sorted(path.name for path in draft.folder.rglob("*") if path.is_file())
+        assert files == ["transformer.fp32.safetensors"]
+        fill(draft)
+    draft.bundle.verify()
+    assert content(store) == [draft.name] and store.unfinished() == []
+
+
+def interrupt(store, error: BaseException, key: str = KEY) -> None:
+    with (
+        pytest.raises(type(error) if not isinstance(error, OSError) else Flux2Error),
+        store.publish(key, model=published_spec("tiny"), recipe="fp32", target="cpu") as draft,
+    ):
+        fill(draft)
+        draft.journal_path("transformer").write_text("the weights")
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (KeyboardInterrupt(), True),
+        (Interrupted("the build was cancelled"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (CheckpointError("weight holds NaN or infinity"), False),  # the next try would end there, too
+    ],
+)
+def test_weights_with_a_journal_stay_for_another_try_if_it_can_end_otherwise(store, caplog, error, kept):
+    interrupt(store, error)
+    assert len(content(store)) == kept and (f"bundles remove tiny-fp32-cpu-{KEY[:12]}" in caplog.text) == kept
+    with store.publish(KEY, model=published_spec("tiny"), recipe="fp32", target="cpu") as draft:
+        assert draft.resumed == kept
+        fill(draft)
+    assert content(store) == [draft.name]
+
+
+def test_weights_of_another_key_are_never_taken(store):
+    interrupt(store, KeyboardInterrupt(), KEY[:12] + "0" * 52)
+    with store.publish(KEY, model=published_spec("tiny"), recipe="fp32", target="cpu") as draft:
+        assert not draft.resumed and not list(draft.folder.rglob("*"))
+        fill(draft)
+    assert content(store) == [draft.name]
+
+
+def test_unfinished_bundles_are_removed_by_name_path_and_key(store):
+    place = store.bundles / f"tiny-fp32-cpu-{KEY[:12]}"
+    for which in (place.name, place, KEY[:8]):
+        interrupt(store, KeyboardInterrupt())
+        assert store.remove(which) == place
+        assert content(store) == [] and store.unfinished() == []
+    with pytest.raises(BundleError, match="no bundle "):
+        store.remove(place.name)
 
 
 def test_staging_of_a_living_process_is_left_alone(store, caplog):

@@ -1,18 +1,29 @@
-"""Requests that cannot be met are refused before anything is made. Builds themselves: tests/test_parity.py."""
+"""Requests that cannot be met, and builds that are stopped. Builds themselves: tests/test_parity.py."""
 
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers_models import traced_once
 from safetensors.torch import load_file, save_file
 
+import engines.build
 from engines.build import BuildRequest, build
 from engines.sources import TINY, resolve_source
+from export.conversion import Converter
+from export.graph import Graph
 from export.recipes import QUANTIZED_LINEARS
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import CheckpointError, UsageError
+from flux2_trt.models import published_spec
+from flux2_trt.store import Store
 
 
 @pytest.mark.parametrize(
@@ -120,3 +131,45 @@ def test_a_calibration_goes_with_a_precision_that_quantizes(tmp_path):
     request = BuildRequest("tiny", "cpu", "fp32", calibration=tmp_path / "scales.json")
     with pytest.raises(UsageError, match="precision fp32 quantizes nothing; leave --calibration out"):
         build(request, lambda message: None)
+
+
+SPAWN = multiprocessing.get_context("spawn")
+HANG_SECONDS = 600
+
+
+def build_until_killed(request: BuildRequest, graph: Graph) -> None:
+    """Ends the process at the last weight, once another one is in the journal."""
+    engines.build.trace = lambda *_: graph  # as long as all else here, and tested elsewhere
+    convert = Converter.convert
+
+    def convert_or_die(self: Converter, name: str) -> dict[str, torch.Tensor]:
+        if name == list(graph.weights)[-1]:
+            while not any(journal.stat().st_size for journal in request.output.rglob("journals/*")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return convert(self, name)
+
+    Converter.convert = convert_or_die
+    build(request, lambda message: None)
+
+
+def test_after_a_kill_the_same_build_goes_on(tmp_path, monkeypatch):
+    graph = traced_once("conditioning", published_spec("tiny"))
+    monkeypatch.setattr(engines.build, "trace", lambda *_: graph)
+    request = BuildRequest("tiny", "cpu", "fp32", components=("conditioning",), output=tmp_path / "store")
+    process = SPAWN.Process(target=build_until_killed, args=(request, graph))
+    process.start()
+    process.join(HANG_SECONDS)
+    assert process.exitcode == -signal.SIGKILL
+    assert [bundle.bytes > 0 for bundle in Store(request.output).unfinished()] == [True]
+
+    converted, messages = [], []
+    convert = Converter.convert
+    monkeypatch.setattr(Converter, "convert", lambda self, name: converted.append(name) or convert(self, name))
+    report = build(request, messages.append)
+    assert 0 < len(converted) < len(graph.weights)
+    assert "going on with the weights of a build that was interrupted" in messages
+    assert Store(request.output).unfinished() == []
+    whole = build(replace(request, output=tmp_path / "other"), lambda message: None)
+    assert len(converted) > len(graph.weights)
+    assert Bundle.open(report.bundle).manifest.files == Bundle.open(whole.bundle).manifest.files

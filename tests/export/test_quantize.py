@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from export.conversion import Scales
 from export.graph import Graph, WeightSlot
 from export.modules import build_module
 from export.quantize import FP8_DTYPE, FP8_MAX, quantize
 from export.recipes import RECIPES, Recipe
 from export.trace import OPSET
-from export.weights import Scales, place_external, write_weights
+from export.weights import place_external, write_weights
 from flux2_trt.errors import Flux2Error
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import Component

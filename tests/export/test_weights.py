@@ -1,6 +1,7 @@
 """Weight files, read back with safetensors' own reader."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +13,16 @@ from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
 
+from export.conversion import Scales
 from export.graph import Graph, ScaleSlot, WeightSlot
-from export.quantize import FP8_DTYPE, NVFP4_DTYPE
-from export.weights import RandomSource, Scales, nvfp4_codes, place_external, write_weights
+from export.quantize import FP8_DTYPE, INT4_DTYPE, NVFP4_DTYPE, block_scale_name
+from export.rounding import nvfp4_codes
+from export.tensor_source import RandomSource
+from export.weights import place_external, write_weights
 from flux2_trt.errors import CheckpointError
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.models import published_spec
+from flux2_trt.quantized import e2m1_values
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.tensor_file import TensorFile
 
@@ -28,8 +33,11 @@ class Source:
 
     tensors: dict[str, np.ndarray]
 
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name]
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        return self.tensors[name][first:last]
 
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)  # [N, K] as a checkpoint stores it
@@ -112,6 +120,19 @@ ROWS = {
 }
 
 
+def linear(graph: Graph, dtype: str) -> Graph:
+    """The linear above with 64 x 64 weights in a format, without its bias."""
+    scales = {"a.quantize": ScaleSlot("quantize", ("weight",)), "a.dequantize": ScaleSlot("dequantize", ("weight",))}
+    block = {
+        NVFP4_DTYPE: ScaleSlot("block", ("weight",), (64, 4), FP8_DTYPE),
+        INT4_DTYPE: ScaleSlot("block", ("weight",), (1, 64), "bfloat16"),
+    }
+    scales = scales if dtype in (FP8_DTYPE, NVFP4_DTYPE) else {}
+    scales |= {block_scale_name("weight"): block[dtype]} if dtype in block else {}
+    slot = WeightSlot((64, 64), dtype, transposed=dtype != NVFP4_DTYPE)
+    return replace(graph, weights={"weight": slot}, scales=scales)
+
+
 @pytest.fixture
 def fp8_graph(graph: Graph) -> Graph:
     """The linear above with 64 x 64 weights in FP8."""
@@ -155,12 +176,13 @@ def test_codes_of_a_checkpoint_stay_as_they_are(fp8_graph, tmp_path):
     assert not torch.equal(load_torch_file(path)["weight"].T.view(torch.uint8), codes.view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", FP8_DTYPE, NVFP4_DTYPE, INT4_DTYPE])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_fp8_refuses_what_is_no_number_by_name(fp8_graph, tmp_path, wrong):
+def test_every_format_refuses_what_is_no_number_by_name(graph, tmp_path, dtype, wrong):
     weight = np.ones((64, 64), np.float32)
     weight[3, 5] = wrong
     with pytest.raises(CheckpointError, match="weight holds NaN or infinity"):
-        write_weights(fp8_graph, Source({"weight": weight, "bias": BIAS}), tmp_path / "w", Scales({"weight": 1.0}))
+        write_weights(linear(graph, dtype), Source({"weight": weight}), tmp_path / "w", Scales({"weight": 1.0}))
 
 
 def test_a_linear_without_an_input_scale_is_named(fp8_graph, tmp_path):
@@ -194,6 +216,41 @@ def test_nvfp4_weights_are_those_of_diffusers(graph, tmp_path, kind):
     np.testing.assert_array_equal(codes, expected[0].numpy())
     assert torch.equal(block_scales.reshape(64, 4).view(torch.uint8), expected[1].view(torch.uint8))
     assert outer == pytest.approx(float(expected[2]), rel=1e-6)
+
+
+def values_of(path: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The weight [64, 64] as a kernel would see it, and a bound of its error, both in double precision."""
+    stored = TensorFile(path).tensors
+    codes = stored["weight"].bytes()
+    if kind == "bfloat16":
+        values = stored["weight"].float32().astype(np.float64).T
+        return values, np.abs(values) * 2.0**-8 + 2.0**-134  # half a step of 7 bits of mantissa, or of a denormal
+    nibbles = np.stack((codes & 15, codes >> 4), axis=-1)
+    scales = torch.from_numpy(stored["weight_block_scale"].bytes().copy())
+    if kind == INT4_DTYPE:
+        steps = scales.view(torch.bfloat16).double().reshape(1, 64).numpy()
+        values = ((nibbles.astype(np.int64) ^ 8) - 8).reshape(64, 64) * steps
+        # Half a step, and 7 times what the scale lost in bf16: a step that is 2^-9 too small, or all of a tiny one.
+        return values.T, np.broadcast_to(np.maximum(steps * (0.5 + 7 * 2.0**-8), 7 * 2.0**-134), (64, 64)).T
+    outer = float(stored["a.dequantize"].float32()[0]) / (0.125 / 6)
+    steps = scales.view(torch.float8_e4m3fn).double().reshape(64, 4, 1).numpy()
+    values = e2m1_values()[nibbles].reshape(64, 4, 16) * steps
+    # Half the gap from 4 to 6, or 6 times what a denormal scale of the block lost in E4M3.
+    bound = np.broadcast_to(np.maximum(steps, 6 * 2.0**-10), (64, 4, 16)) * (1 + 1e-4)
+    return values.reshape(64, 64) * outer, bound.reshape(64, 64) * outer
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", INT4_DTYPE, NVFP4_DTYPE])
+@pytest.mark.parametrize("kind", ROWS)
+def test_weights_come_back_within_the_bound_of_every_format(graph, tmp_path, kind, dtype):
+    weight = ROWS[kind].astype(np.float32).reshape(64, 64)
+    path = tmp_path / "weights.safetensors"
+    write_weights(linear(graph, dtype), Source({"weight": weight}), path, Scales({"weight": 0.125}))
+    values, bound = values_of(path, dtype)
+    assert np.isfinite(values).all()
+    assert (np.abs(values - weight) <= bound).all()
+    if kind in ("random", "outlier", "one sign"):
+        assert np.abs(values).max() == pytest.approx(np.abs(weight).max(), rel=2.0**-4)
 
 
 def test_ties_of_nvfp4_go_to_the_even_code():

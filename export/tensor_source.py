@@ -1,0 +1,49 @@
+"""TensorSource: where a graph's weights come from, whole or some rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+RANDOM_ROWS = 64
+
+
+class TensorSource(Protocol):
+    """Anything that gives canonical tensors by name as fp32: a checkpoint, or random values."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        """The tensor, or its rows `first` to `last` as in a slice, as a new array."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Synthetic weights of a seed, scaled so that activations keep their size; each depends on its name alone."""
+
+    seed: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        shape = self.shapes[name]
+        rows = range(shape[0])[first:last]
+        if len(shape) == 1:
+            return np.full(len(rows), 0.0 if name.endswith((".bias", ".running_mean")) else 1.0, np.float32)
+        words = np.frombuffer(name.encode().ljust(-(-len(name.encode()) // 4) * 4, b"\0"), np.uint32).tolist()
+        parts = []
+        for begin in range(rows.start // RANDOM_ROWS * RANDOM_ROWS, rows.stop, RANDOM_ROWS):
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, *words, begin])))
+            drawn = rng.standard_normal((min(RANDOM_ROWS, shape[0] - begin), *shape[1:]), dtype=np.float32)
+            parts.append(drawn[max(rows.start - begin, 0) : rows.stop - begin])
+        values = np.concatenate(parts)
+        values *= np.float32(math.prod(shape[1:]) ** -0.5)
+        return values
