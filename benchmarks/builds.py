@@ -42,14 +42,15 @@ class Case:
         """From `model:target:precision[:option=value]...`, options as those of `flux2-trt build`."""
         parts = text.split(":")
         options = dict(part.split("=", 1) for part in parts[3:] if "=" in part)
-        if len(parts) != 3 + len(options):
+        if len(parts) != 3 + len(options) or len(parts) < 3:
             raise typer.BadParameter(f"{text!r} is no model:target:precision[:option=value]")
-        return Case(*parts[:3], options)
+        model, target, precision, *_ = parts
+        return Case(model, target, precision, options)
 
     def words(self, folder: Path) -> list[str]:
         """The command, with a diffusers folder below `folder` where the model has another depth."""
         name, _, depth = self.model.partition("@")
-        model = shallow(name, *map(int, depth.split("+")), folder) if depth else name
+        model = shallow(name, depth, folder) if depth else name
         words = ["build", model, "--checkpoint", "random:0", "--target", self.target, "--precision", self.precision]
         return words + [word for option, value in self.options.items() for word in (f"--{option}", value)]
 
@@ -69,9 +70,10 @@ CASES = (
 )
 
 
-def shallow(name: str, double_blocks: int, single_blocks: int, folder: Path) -> str:
-    """A diffusers folder of the model at another depth, without weights."""
+def shallow(name: str, depth: str, folder: Path) -> str:
+    """A diffusers folder of the model at another depth, "1+2", without weights."""
     size = published_spec(name).transformer
+    double_blocks, single_blocks = map(int, depth.split("+"))
     configs: dict[str, dict[str, Any]] = {
         "model_index.json": {},
         "vae/config.json": {},

@@ -14,7 +14,7 @@ import torch
 from diffusers_models import traced_once
 from safetensors.torch import load_file, save_file
 
-import engines.build
+import engines.components
 from engines.build import BuildRequest, build
 from engines.sources import TINY, resolve_source
 from export.conversion import Converter
@@ -139,7 +139,7 @@ HANG_SECONDS = 600
 
 def build_until_killed(request: BuildRequest, graph: Graph) -> None:
     """Ends the process at the last weight, once another one is in the journal."""
-    engines.build.trace = lambda *_: graph  # as long as all else here, and tested elsewhere
+    engines.components.trace = lambda *_: graph  # as long as all else here, and tested elsewhere
     convert = Converter.convert
 
     def convert_or_die(self: Converter, name: str) -> dict[str, torch.Tensor]:
@@ -155,7 +155,7 @@ def build_until_killed(request: BuildRequest, graph: Graph) -> None:
 
 def test_after_a_kill_the_same_build_goes_on(tmp_path, monkeypatch):
     graph = traced_once("conditioning", published_spec("tiny"))
-    monkeypatch.setattr(engines.build, "trace", lambda *_: graph)
+    monkeypatch.setattr(engines.components, "trace", lambda *_: graph)
     request = BuildRequest("tiny", "cpu", "fp32", components=("conditioning",), output=tmp_path / "store")
     process = SPAWN.Process(target=build_until_killed, args=(request, graph))
     process.start()
