@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-LIST_START = "Layers:"
+LIST_STARTS = ("Layers:", "Engine Layer Information:")  # TensorRT-RTX, TensorRT
 FUSED_ATTENTION = "_gemm_mha"
 FUSED_INT4 = re.compile(r"ReplCastMulCastFc")  # weights are dequantized in the kernel that multiplies with them
 NO_KERNELS = ("signal", "wait", "shape_call", "allocate", "deallocate")  # nothing runs on the GPU
@@ -96,7 +96,7 @@ def report_from_log(messages: Iterable[str]) -> LayerReport:
     """The report of a build with `profiling_verbosity` DETAILED from its VERBOSE log."""
     text, scratch = "", 0
     for message in messages:
-        if message.startswith(LIST_START):
+        if message.startswith(LIST_STARTS):
             text += message
         elif match := _SCRATCH.search(message):
             scratch = max(scratch, int(match[1]))

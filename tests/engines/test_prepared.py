@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from engines import prepared
+from engines import prepared, tensorrt
 from engines.build import BuildReport, BuildRequest, build
+from engines.layers import LayerReport
 from engines.sources import TINY
 from flux2_trt.bundle import Bundle
 from flux2_trt.doctor import Gpu
@@ -121,6 +122,17 @@ def test_embedded_weights_come_from_the_prepared_file(tmp_path: Path, with_h100:
     assert record.weights is None and record.plan.bytes > 10**6
     files = sorted(path.name for path in bundle.path.rglob("*") if path.is_file())
     assert files == ["bundle.json", "conditioning.plan"]
+
+
+def test_a_compiler_that_lists_no_kernels_is_told_of(
+    tmp_path: Path, with_h100: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log was never seen: hours of compiling are not thrown away for what may be another way of writing."""
+    monkeypatch.setattr(tensorrt, "report_from_log", lambda messages: LayerReport((), 0))
+    messages: list[str] = []
+    report = build(replace(REQUEST, components=("conditioning",), output=tmp_path), messages.append)
+    assert "conditioning: tensorrt listed no kernels, so their formats are not checked" in messages
+    assert Bundle.open(report.bundle).component("conditioning").layers["profiles"] == []
 
 
 def test_what_cannot_be_finished_here_is_an_error(halves: BuildReport, monkeypatch: pytest.MonkeyPatch) -> None:
