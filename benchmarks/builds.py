@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.cpu import processor
+from benchmarks.machine import machine
 from flux2_trt.models import published_spec
 
 RESULTS = Path(__file__).parent / "results"
@@ -132,7 +132,7 @@ def main(
         print(summary(reports[-1]), flush=True)
     result = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "machine": machine(),
         "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "builds": reports,
     }

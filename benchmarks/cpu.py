@@ -25,6 +25,7 @@ import torch
 import typer
 
 from benchmarks.baselines import diffusers_pipeline, diffusers_run
+from benchmarks.machine import machine
 from engines.sources import resolve_source
 from flux2_trt.latents import noise_batch
 from flux2_trt.pipeline import Flux2Pipeline
@@ -130,7 +131,7 @@ def main(
         commands = measure_commands(Path(home), repeats)
         result = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()},
+            "machine": machine(),
             "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "commands": commands,
             "comparison": compare(repeats),
@@ -138,12 +139,6 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

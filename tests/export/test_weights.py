@@ -105,6 +105,7 @@ def test_random_weights_depend_on_seed_and_name_alone():
     np.testing.assert_array_equal(first.read(names[0]), again.read(names[0]))
     assert not np.array_equal(first.read(names[0]), first.read(names[1]))
     assert not np.array_equal(first.read(names[0]), other.read(names[0]))
+    np.testing.assert_array_equal(first.read(names[0], 70, 200), first.read(names[0])[70:200])
     # a linear of K inputs keeps the size of its activations: deviation 1/sqrt(K), of 110,592 samples
     hidden_size = published_spec("tiny").transformer.hidden_size
     assert first.read(names[0]).std() == pytest.approx(hidden_size**-0.5, rel=0.01)
