@@ -21,6 +21,7 @@ from engines.targets import AUTO, Target, resolve_placement, resolve_precision, 
 from engines.tensorrt import OnPhase, compile_plan, load_compiler
 from export.quantize import quantize
 from export.recipes import RECIPES, Recipe
+from export.simulation import simulate_nvfp4
 from export.trace import OPSET, Graph, trace
 from export.weights import FAMILY_OF, Scales, TensorSource, place_external, write_weights
 from flux2_trt.bundle import Bundle
@@ -217,7 +218,8 @@ def _compile_external(
     """The graph for ONNX Runtime, loaded once to see that it does."""
     weights = draft.weights_path(graph.component)
     plan = draft.plan_path(graph.component, ".onnx")
-    plan.write_bytes(place_external(graph, spans, weights.name).SerializeToString(deterministic=True))
+    model = simulate_nvfp4(place_external(graph, spans, weights.name))
+    plan.write_bytes(model.SerializeToString(deterministic=True))
     OnnxRuntimeEngine(plan, weights)
     return draft.record(plan), {"operators": dict(Counter(node.op_type for node in graph.model.graph.node))}
 

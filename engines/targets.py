@@ -37,7 +37,7 @@ _FP8 = ("fp8", "fp8-attention", "bf16")
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention", "int4"), dtype="fp32"),
+        Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention", "nvfp4", "int4"), dtype="fp32"),
         _rtx("rtx4090", "SM89", *_FP8, "int4"),
         _rtx("l40s", "SM89", *_FP8, "int4"),
         _rtx("rtx5090", "SM120", *_FP8, "nvfp4", "int4"),
