@@ -1,6 +1,7 @@
 """What quantization costs: `python -m benchmarks.quantization`.
 
-`tiny` with its trained weights in every precision that ONNX Runtime runs: real FP8 and INT4 codes, multiplied in fp32.
+`tiny` with its trained weights in every precision, by ONNX Runtime: real FP8, NVFP4 and INT4 codes, multiplied in fp32.
+NVFP4, for which it has no kernels, through the exact simulation of `export.simulation`.
 The same seeds in each: the error of the latents after every step, PSNR and SSIM of the pictures against fp32, and the
 judge's scores. Writes `results/quantization.json`.
 """
@@ -28,7 +29,7 @@ from flux2_trt.pipeline import Flux2Pipeline
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "fp32"
-PRECISIONS = (REFERENCE, "fp8", "fp8-attention", "int4")
+PRECISIONS = (REFERENCE, "fp8", "fp8-attention", "nvfp4", "int4")
 
 Trajectory = list[NDArray[np.float32]]
 

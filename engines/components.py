@@ -23,6 +23,7 @@ from export.graph import Graph
 from export.parts import assemble
 from export.quantize import quantize
 from export.recipes import Recipe
+from export.simulation import simulate_nvfp4
 from export.tensor_source import TensorSource
 from export.trace import trace, trace_parts
 from export.weights import FAMILY_OF, place_external, read_spans, write_weights
@@ -123,7 +124,7 @@ class Compiler:
         """The graph for ONNX Runtime, loaded once to see that it does."""
         graph, weights = piece.graph, draft.weights_path(piece.graph.component)
         plan = draft.plan_path(piece.name, ".onnx")
-        model = place_external(graph, read_spans(weights), weights.name)
+        model = simulate_nvfp4(place_external(graph, read_spans(weights), weights.name))
         plan.write_bytes(model.SerializeToString(deterministic=True))
         OnnxRuntimeEngine(plan, weights)
         return draft.record(plan), {"operators": dict(Counter(node.op_type for node in graph.model.graph.node))}

@@ -74,7 +74,7 @@ _FP8 = ("fp8", "fp8-attention", "bf16")
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention", "int4"), dtype="fp32"),
+        Target("cpu", "onnxruntime", ("fp32", "fp8", "fp8-attention", "nvfp4", "int4"), dtype="fp32"),
         _data_center("gb300", "10.3", *_FP8, "nvfp4"),
         _data_center("gb200", "10.0", *_FP8, "nvfp4"),
         _data_center("b300", "10.3", *_FP8, "nvfp4"),
