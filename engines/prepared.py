@@ -26,7 +26,7 @@ def what_is_left(bundle: Bundle, target: Target) -> str | None:
     lacks = []
     if target.device(gpus) is None:
         there = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or source
-        lacks.append(f"a {target.name} (compute capability {target.compute_capability}; here: {there})")
+        lacks.append(f"a GPU of target {target.name} (compute capability {target.compute_capability}; here: {there})")
     try:
         load_compiler(target.compiler)
     except Flux2Error as error:

@@ -194,8 +194,8 @@ class Flux2Pipeline:
             record = self.bundle.component(component)
             if record.compiler == UNCOMPILED:
                 raise BundleError(
-                    f"{self.bundle.path} is not compiled yet; on a machine with a {self.bundle.manifest.target}: "
-                    f"flux2-trt build {shlex.quote(str(self.bundle.path))}"
+                    f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target "
+                    f"{self.bundle.manifest.target}: flux2-trt build {shlex.quote(str(self.bundle.path))}"
                 )
             if record.compiler != "onnxruntime":
                 raise BundleError(
