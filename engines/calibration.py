@@ -32,12 +32,18 @@ def calibrate(
     checkpoint: str | None,
     pictures: Path | None,
     samples: int,
+    trajectories: int,
     device: str,
     on_progress: Callable[[str], None],
 ) -> Calibration:
-    """Measure the input scales of a model. Raises UsageError for a request that cannot be met."""
+    """Measure the input scales of a model. Raises UsageError for a request that cannot be met.
+
+    `trajectories`: of how many of the samples the prompt is denoised too; all of them where there are fewer.
+    """
     if samples < 1:
         raise UsageError(f"--samples is {samples}; it is at least 1")
+    if trajectories < 0:
+        raise UsageError(f"--trajectories is {trajectories}; it is at least 0")
     source = resolve_source(model, checkpoint)
     if source.seed is not None:
         raise UsageError(f"{checkpoint} has no ranges to measure; synthetic weights come with synthetic scales")
@@ -45,8 +51,9 @@ def calibrate(
         raise UsageError(f"{source.spec.name} has no text encoder, or none with weights; calibration needs its prompts")
     chosen = _samples(source, pictures, samples)
     tokenizer = PromptTokenizer.from_file(source.tokenizer, source.spec.prompt)
-    scales = input_scales(source.spec, source.open, tokenizer, chosen, device, on_progress)
-    return Calibration(source.spec.name, source.identity(), len(chosen), scales)
+    denoised = min(trajectories, len(chosen))
+    scales = input_scales(source.spec, source.open, tokenizer, chosen, denoised, device, on_progress)
+    return Calibration(source.spec.name, source.identity(), len(chosen), scales, denoised)
 
 
 def _samples(source: ModelSource, pictures: Path | None, count: int) -> list[CalibrationSample]:

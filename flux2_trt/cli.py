@@ -194,6 +194,7 @@ def calibrate(
         Path | None, typer.Option(help="Folder of pictures with prompts: cat.png and cat.txt (tiny has its own).")
     ] = None,
     samples: Annotated[int, typer.Option(help="Pictures to use.")] = 32,
+    trajectories: Annotated[int, typer.Option(help="How many of their prompts to draw too, step by step.")] = 3,
     checkpoint: Annotated[str | None, typer.Option(help="Weights from here.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
     json: Json = False,
@@ -203,7 +204,7 @@ def calibrate(
     from flux2_trt.runner import calibrate_model
 
     console = _console(json, quiet)
-    report = calibrate_model(console, output, model, checkpoint, pictures, samples, device)
+    report = calibrate_model(console, output, model, checkpoint, pictures, samples, trajectories, device)
     console.line(output)
     console.object(report)
 

@@ -232,6 +232,7 @@ def calibrate_model(
     checkpoint: str | None,
     pictures: Path | None,
     samples: int,
+    trajectories: int,
     device: str,
 ) -> dict[str, Any]:
     """Calibrate and write the file. Arguments are those of `engines.calibration.calibrate`."""
@@ -240,12 +241,13 @@ def calibrate_model(
 
         if not output.absolute().parent.is_dir():
             raise UsageError(f"{output.parent} is no folder; give a file in one that exists")
-        calibration = calibrate(model, checkpoint, pictures, samples, device, on_progress=console.note)
+        calibration = calibrate(model, checkpoint, pictures, samples, trajectories, device, console.note)
         calibration.write(output)
         return {
             "calibration": str(output),
             "model": calibration.model,
             "samples": calibration.samples,
+            "trajectories": calibration.trajectories,
             "linears": len(calibration.input_scales),
         }
 

@@ -27,6 +27,7 @@ from flux2_trt.spec import Component
 from flux2_trt.text import PromptTokenizer
 
 TINY = resolve_source("tiny", None)
+FEW_STEPS = replace(TINY.spec, sampling=replace(TINY.spec.sampling, num_inference_steps=4))
 SAMPLES = scene_samples(TINY.spec, 3)  # one of every kind, so with no, one and two references
 
 
@@ -49,19 +50,26 @@ def watched(module: nn.Module, seen: dict[str, float]) -> nn.Module:
     return module
 
 
-def test_blocks_one_by_one_see_what_the_whole_model_sees() -> None:
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_blocks_one_by_one_see_what_the_whole_model_sees(guidance: float) -> None:
     tokenizer = PromptTokenizer.from_file(TINY.tokenizer, TINY.spec.prompt)
-    scales = input_scales(TINY.spec, TINY.open, tokenizer, SAMPLES)
+    sampling = replace(FEW_STEPS.sampling, guidance_kind="classifier_free", guidance_scale=guidance)
+    scales = input_scales(replace(FEW_STEPS, sampling=sampling), TINY.open, tokenizer, SAMPLES, trajectories=2)
 
     seen: dict[str, float] = {}
     text_encoder, transformer = (watched(module_of(name), seen) for name in ("text_encoder", "transformer"))
     conditioning, encoder = module_of("conditioning"), module_of("vae_encoder")
-    spec, steps = TINY.spec.transformer, TINY.spec.sampling.num_inference_steps
+    spec, steps = TINY.spec.transformer, sampling.num_inference_steps
     generator = torch.Generator().manual_seed(0)
+    trajectories = []
+
+    def embeds_of(prompt: str) -> torch.Tensor:
+        tokens = tokenizer([prompt])
+        return text_encoder(torch.from_numpy(tokens.input_ids), torch.from_numpy(tokens.attention_mask))
+
     with torch.no_grad():
         for number, each in enumerate(SAMPLES):
-            tokens = tokenizer([each.prompt])
-            embeds = text_encoder(torch.from_numpy(tokens.input_ids), torch.from_numpy(tokens.attention_mask))
+            embeds = embeds_of(each.prompt)
             pictures = [encoder(torch.from_numpy(pixels[None])) for pixels in (each.picture, *each.references)]
             grids = [tuple(picture.shape[1:3]) for picture in pictures]
             ids = position_ids(embeds.shape[1], *grids[0], grids[1:])
@@ -74,33 +82,53 @@ def test_blocks_one_by_one_see_what_the_whole_model_sees() -> None:
                 noisy = torch.cat([(1 - sigma) * target + sigma * noise, *references], dim=1)
                 modulation, text = conditioning(torch.tensor([sigma]), embeds)
                 transformer.velocity(noisy, modulation, text, cos, sin)
+            trajectories.append((embeds, references, target.shape, levels, cos, sin))
+        for embeds, references, shape, levels, cos, sin in trajectories[:2]:
+            latents = torch.randn(shape, generator=generator)
+            table, text = conditioning(torch.from_numpy(levels).float(), embeds)
+            if guidance > 1:
+                text = torch.cat((text, conditioning(torch.zeros(1), embeds_of(""))[1]))
+            mix = torch.tensor([[guidance, 1 - guidance]] * 2) if guidance > 1 else None
+            tokens = torch.cat([latents, *references], dim=1).repeat(len(text), 1, 1)
+            for step, dt in enumerate(np.diff(levels, append=0)):
+                per_token = torch.zeros(tokens.shape[1])
+                per_token[: shape[1]] = float(dt)
+                tokens = transformer(tokens, table[step : step + 1], text, cos, sin, per_token, mix)
     quantized = {name for name in seen if "blocks." in name or "layers." in name}
     assert set(scales) == quantized
     for name in quantized:
         assert scales[name] * 448 == pytest.approx(seen[name], rel=1e-4), name
 
 
+def test_trajectories_only_widen_ranges() -> None:
+    tokenizer = PromptTokenizer.from_file(TINY.tokenizer, TINY.spec.prompt)
+    mixed, both = (input_scales(FEW_STEPS, TINY.open, tokenizer, SAMPLES[:1], trajectories=n) for n in (0, 1))
+    assert all(both[name] >= scale for name, scale in mixed.items())
+    assert any(both[name] > scale for name, scale in mixed.items())
+
+
 def test_every_linear_of_a_recipe_has_a_scale() -> None:
-    calibration = calibrate("tiny", None, None, samples=1, device="cpu", on_progress=lambda message: None)
+    calibration = calibrate("tiny", None, None, 1, trajectories=3, device="cpu", on_progress=lambda message: None)
     spec = published_spec("tiny")
     blocks = 8 * spec.transformer.num_double_blocks + 2 * spec.transformer.num_single_blocks
     assert len(calibration.input_scales) == blocks + 7 * spec.text_encoder.num_layers
     assert all(value > 0 for value in calibration.input_scales.values())
+    assert (calibration.samples, calibration.trajectories) == (1, 1)
     assert set(QUANTIZED_LINEARS) == {"transformer", "text_encoder"}
 
 
 def test_the_command_writes_a_file_that_a_build_takes(tmp_path: Path) -> None:
     path = tmp_path / "scales.json"
-    report = calibrate_model(Console(quiet=True), path, "tiny", None, None, 2, "cpu")
-    assert report == {"calibration": str(path), "model": "tiny", "samples": 2, "linears": 47}
+    report = calibrate_model(Console(quiet=True), path, "tiny", None, None, 2, 0, "cpu")
+    assert report == {"calibration": str(path), "model": "tiny", "samples": 2, "trajectories": 0, "linears": 47}
     check_weights(Calibration.read(path), TINY.identity(), path)
     with pytest.raises(UsageError, match="is no folder; give a file in one that exists"):
-        calibrate_model(Console(quiet=True), tmp_path / "no" / "scales.json", "tiny", None, None, 2, "cpu")
+        calibrate_model(Console(quiet=True), tmp_path / "no" / "scales.json", "tiny", None, None, 2, 0, "cpu")
 
 
 @pytest.fixture
 def calibration() -> Calibration:
-    return Calibration("tiny", TINY.identity(), 3, {"a.weight": 0.25})
+    return Calibration("tiny", TINY.identity(), 3, {"a.weight": 0.25}, trajectories=2)
 
 
 def test_a_calibration_survives_its_file(calibration: Calibration, tmp_path: Path) -> None:
@@ -162,10 +190,11 @@ def test_samples_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("klein-4b", "random:0", None, 1, "cpu"), r"random:0 has no ranges to measure"),
-        (("tiny", None, None, 0, "cpu"), r"--samples is 0; it is at least 1"),
-        (("tiny", None, Path("/no/such"), 1, "cpu"), r"/no/such is no folder; give one with pictures"),
-        (("tiny", None, Path(__file__).parent, 1, "cpu"), r"has no picture with a prompt beside it"),
+        (("klein-4b", "random:0", None, 1, 0, "cpu"), r"random:0 has no ranges to measure"),
+        (("tiny", None, None, 0, 0, "cpu"), r"--samples is 0; it is at least 1"),
+        (("tiny", None, None, 1, -1, "cpu"), r"--trajectories is -1; it is at least 0"),
+        (("tiny", None, Path("/no/such"), 1, 0, "cpu"), r"/no/such is no folder; give one with pictures"),
+        (("tiny", None, Path(__file__).parent, 1, 0, "cpu"), r"has no picture with a prompt beside it"),
     ],
 )
 def test_bad_requests(arguments: tuple, message: str) -> None:
