@@ -131,7 +131,7 @@ def test_a_compiler_that_lists_no_kernels_is_told_of(
     monkeypatch.setattr(tensorrt, "report_from_log", lambda messages: LayerReport((), 0))
     messages: list[str] = []
     report = build(replace(REQUEST, components=("conditioning",), output=tmp_path), messages.append)
-    assert "conditioning: tensorrt listed no kernels; their formats are not checked" in messages
+    assert "conditioning: tensorrt listed no kernels, so their formats are not checked" in messages
     assert Bundle.open(report.bundle).component("conditioning").layers["profiles"] == []
 
 
