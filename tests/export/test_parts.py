@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from diffusers_models import QWEN_VOCABULARY, randomised, small_spec
@@ -19,6 +20,7 @@ from export.parts import assemble
 from export.quantize import quantize
 from export.recipes import RECIPES
 from export.trace import trace_parts
+from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import TRANSFORMER_PARTS
 
 Arrays = dict[str, NDArray[Any]]
@@ -41,13 +43,16 @@ def parts() -> dict[str, Graph]:
 
 def run(graph: Graph, weights: Arrays, inputs: list[NDArray[Any]], block: int = 0) -> list[NDArray[Any]]:
     """A graph with weights as inputs, those of `block` where it has those of block 0."""
-    session = onnxruntime.InferenceSession(graph.model.SerializeToString(), providers=["CPUExecutionProvider"])
-    data = [name for name in graph.shapes() if name in {value.name for value in session.get_inputs()}]
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(graph.model.SerializeToString())
+        file.flush()
+        engine = OnnxRuntimeEngine(Path(file.name), Path(file.name))
+    data = [name for name in graph.shapes() if name not in engine.outputs]
     feed = dict(zip(data, inputs, strict=True))
     for name, slot in graph.weights.items():
         value = weights[re.sub(r"(_blocks|layers)\.0\.", rf"\1.{block}.", name)]
         feed[name] = np.ascontiguousarray(value.T) if slot.transposed else value
-    return session.run(None, feed)
+    return list(engine.run(feed).values())
 
 
 def weights_of(module: torch.nn.Module) -> Arrays:
