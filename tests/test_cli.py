@@ -57,6 +57,7 @@ class Bench:
     truncated: bool = False
     failure: BaseException | None = None
     failing_step: int = 0
+    left: str | None = None
 
 
 @pytest.fixture
@@ -115,6 +116,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
         sizes: tuple[str, ...] = ("any",)
         max_batch: int = 1
         max_references: int = 1
+        plans: str = "whole"
         output: Path | None = None
 
     def build(request, on_progress, on_phase):
@@ -125,7 +127,9 @@ def bench(monkeypatch, tmp_path) -> Bench:
         if bench.failure:
             raise bench.failure
         report = {"bundle": str(publish(request.model)), "target": "cpu", "model": request.model, "precision": "fp32"}
-        return SimpleNamespace(to_dict=lambda: report | {"reused": False, "components": [], "seconds": 1.0})
+        return SimpleNamespace(
+            to_dict=lambda: report | {"reused": False, "components": [], "seconds": 1.0, "left": bench.left}
+        )
 
     builder = ModuleType("engines.build")
     builder.BuildRequest, builder.build = BuildRequest, build
@@ -417,7 +421,7 @@ def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
     result = flux2(
         "build", "tiny", "--target", "cpu", "--precision", "fp32", "--components", "transformer,vae_decoder",
         "--checkpoint", "random:3", "--weights", "bound", "--calibration", "scales.json", "--sizes", "512, 1mp",
-        "--max-batch", "2", "--max-references", "3", "--output", str(tmp_path / "home"),
+        "--max-batch", "2", "--max-references", "3", "--plans", "blocks", "--output", str(tmp_path / "home"),
     )  # fmt: skip
     assert result.exit_code == 0 and Path(result.stdout.rstrip("\n")).is_dir() and "tracing" in result.stderr
     assert bench.builds == [
@@ -432,10 +436,19 @@ def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
             "sizes": ("512", "1mp"),
             "max_batch": 2,
             "max_references": 3,
+            "plans": "blocks",
             "output": tmp_path / "home",
         }
     ]
     assert the_object(flux2("build", "tiny", "--json"))["model"] == "tiny"
+
+
+def test_what_is_left_of_a_build_is_said_on_stderr(bench):
+    bench.left = "what is left is compiling on an H100"
+    result = flux2("build", "tiny")
+    assert result.exit_code == 0 and "tiny for cpu in fp32: prepared in 1.0 s" in result.stderr
+    assert bench.left in result.stderr and bench.left not in result.stdout
+    assert the_object(flux2("build", "tiny", "--json"))["left"] == bench.left
 
 
 @pytest.mark.parametrize(

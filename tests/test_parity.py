@@ -24,7 +24,7 @@ from diffusers_models import (
 from numpy.typing import NDArray
 from PIL import Image
 
-import engines.build
+import engines.components
 from engines.build import BuildRequest, build
 from flux2_trt.errors import Interrupted, UsageError
 from flux2_trt.pipeline import Flux2Pipeline as OurPipeline
@@ -71,7 +71,7 @@ def _pair(theirs: Any, folder: Path) -> Pair:
 def graphs_are_shared() -> Iterator[None]:
     """What the three models have in common is traced once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.build, "trace", traced_once)
+        patch.setattr(engines.components, "trace", traced_once)
         yield
 
 
