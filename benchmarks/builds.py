@@ -42,7 +42,7 @@ class Case:
         """From `model:target:precision[:option=value]...`, options as those of `flux2-trt build`."""
         parts = text.split(":")
         options = dict(part.split("=", 1) for part in parts[3:] if "=" in part)
-        if len(parts) != 3 + len(options) or len(parts) < 3:
+        if len(parts) != 3 + len(options):
             raise typer.BadParameter(f"{text!r} is no model:target:precision[:option=value]")
         model, target, precision, *_ = parts
         return Case(model, target, precision, options)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from engines.calibration import scales_of
 from engines.components import Compiler, Job, compiler_version, make
-from engines.prepared import compile_prepared, what_is_left
+from engines.prepared import DeviceMissing, compile_prepared
 from engines.shapes import DEFAULT_SIZES, ShapeRequest
 from engines.sources import ModelSource, resolve_source
 from engines.targets import AUTO, resolve_layout, resolve_placement, resolve_precision, resolve_target
@@ -21,7 +21,7 @@ from engines.tensorrt import OnPhase
 from export.recipes import RECIPES
 from export.trace import OPSET
 from flux2_trt.bundle import Bundle
-from flux2_trt.errors import Flux2Error, UsageError
+from flux2_trt.errors import UsageError
 from flux2_trt.manifest import MANIFEST_FILE, content_key
 from flux2_trt.spec import Component
 from flux2_trt.store import Store
@@ -112,12 +112,13 @@ def build(
     left = None
     if not bundle.manifest.is_compiled:
         target, recipe = resolve_target(bundle.manifest.target), RECIPES[bundle.manifest.recipe]
-        left = what_is_left(bundle, target)
-        if left and asked_to_compile:
-            raise Flux2Error(left)
-        if not left:
-            compiler = Compiler(target, recipe, store.root / TIMING, on_progress, on_phase)
+        compiler = Compiler(target, recipe, store.root / TIMING, on_progress, on_phase)
+        try:
             bundle, reused = compile_prepared(bundle, store, compiler, seconds)
+        except DeviceMissing as error:
+            if asked_to_compile:
+                raise
+            left = str(error)
     return _report(bundle, reused, seconds, time.monotonic() - started, left)
 
 

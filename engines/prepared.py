@@ -10,7 +10,7 @@ import shlex
 import time
 
 from engines.components import Compiler, Piece
-from engines.targets import Target
+from engines.targets import Device, Target
 from engines.tensorrt import load_compiler
 from export.graph import Graph
 from flux2_trt.bundle import Bundle
@@ -20,23 +20,8 @@ from flux2_trt.manifest import content_key
 from flux2_trt.store import Store
 
 
-def what_is_left(bundle: Bundle, target: Target) -> str | None:
-    """What this machine lacks to compile a prepared bundle, and what to do; None where it lacks nothing."""
-    gpus, source = find_gpus()
-    lacks = []
-    if target.device(gpus) is None:
-        there = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or source
-        lacks.append(f"a GPU of target {target.name} (compute capability {target.compute_capability}; here: {there})")
-    try:
-        load_compiler(target.compiler)
-    except Flux2Error as error:
-        lacks.append(str(error))
-    if not lacks:
-        return None
-    return (
-        f"graphs and weights are done; what is left is compiling {len(bundle.manifest.components)} plans, which needs "
-        f"{'; and '.join(lacks)}. There: flux2-trt build {shlex.quote(str(bundle.path))}"
-    )
+class DeviceMissing(Flux2Error):
+    """A prepared bundle cannot be compiled here; the text says what is left, what that needs, and the command."""
 
 
 def compile_prepared(
@@ -44,10 +29,10 @@ def compile_prepared(
 ) -> tuple[Bundle, bool]:
     """The bundle with the plans of a prepared one, and whether it was there; `seconds` gets how long each plan took.
 
-    Its key has the compiler's version and the device, whose kernels were timed.
+    Its key has the compiler's version and the device, whose kernels were timed. Raises DeviceMissing where this machine
+    lacks one of them.
     """
-    manifest, device = prepared.manifest, compiler.target.device(find_gpus()[0])
-    assert device
+    manifest, device = prepared.manifest, _device(prepared, compiler.target)
     key = content_key({"prepared": manifest.key, "compiler": compiler.version, "device": device.name})
     with store.publish(
         key, model=manifest.model, recipe=manifest.recipe, target=manifest.target, on_wait=compiler.on_progress
@@ -67,3 +52,21 @@ def compile_prepared(
             assets = [draft.adopt(asset, prepared.path / asset.file) for asset in manifest.assets]
             draft.finish(records, assets, source=manifest.source)
     return draft.bundle, reused
+
+
+def _device(prepared: Bundle, target: Target) -> Device:
+    gpus, source = find_gpus()
+    device, lacks = target.device(gpus), []
+    if device is None:
+        there = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or source
+        lacks.append(f"a GPU of target {target.name} (compute capability {target.compute_capability}; here: {there})")
+    try:
+        load_compiler(target.compiler)
+    except Flux2Error as error:
+        lacks.append(str(error))
+    if device is None or lacks:
+        raise DeviceMissing(
+            f"graphs and weights are done; what is left is compiling {len(prepared.manifest.components)} plans, which "
+            f"needs {'; and '.join(lacks)}. There: flux2-trt build {shlex.quote(str(prepared.path))}"
+        )
+    return device

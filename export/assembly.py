@@ -25,6 +25,7 @@ class Assembly:
         self.attentions = 0
         self._parameters: list[onnx.ValueInfoProto] = []
         self._known: set[str] = set()
+        self._last: list[onnx.ValueInfoProto] = []
 
     def add(self, part: Graph, name: str, inputs: Sequence[str], outputs: Sequence[str] | None = None) -> list[str]:
         """Append `part` with values of the whole as its `inputs`, in its order; returns the names of its outputs.

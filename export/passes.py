@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from export.modules.autoencoder import VaeEncoder
 from export.modules.conditioning import Conditioning
-from export.modules.text_encoder import Layer, attention_masks, rotary_tables
-from export.modules.transformer import DoubleBlock, FinalLayer, SingleBlock, split_modulation
+from export.modules.text_encoder import Layer, attention_masks, rotary_tables, side_by_side
+from export.modules.transformer import DoubleBlock, FinalLayer, SingleBlock, image_tokens, join, split_modulation
 from export.recipes import QUANTIZED_LINEARS
 from export.tensor_source import TensorSource
 from flux2_trt.errors import Flux2Error
@@ -112,7 +112,7 @@ class Passes:
                 rows.append(layer(row, cos, sin, visible, sees.to(x.dtype)))
             x = torch.cat(rows)
             states.append(x)
-        return torch.cat([states[index] for index in spec.hidden_states], dim=-1)
+        return side_by_side(*(states[index] for index in spec.hidden_states))
 
     def vae_encoder(self) -> VaeEncoder:
         self.on_progress("encoding pictures")
@@ -148,7 +148,7 @@ class TransformerPasses:
             for stream in streams:
                 img_row, txt_row, _, _ = stream.rows
                 stream.img, stream.txt = double(stream.img, stream.txt, img_row, txt_row, stream.cos, stream.sin)
-        joined = [torch.cat((stream.txt, stream.img), dim=1) for stream in streams]
+        joined = [join(stream.txt, stream.img) for stream in streams]
         for index in range(self.spec.num_single_blocks):
             on_progress(f"transformer, single block {index + 1} of {self.spec.num_single_blocks}")
             single = self._block(SingleBlock, f"single_blocks.{index}.")
@@ -156,7 +156,7 @@ class TransformerPasses:
                 single(x, stream.rows[2], stream.cos, stream.sin) for x, stream in zip(joined, streams, strict=True)
             ]
         return [
-            self.final_layer(x[:, stream.txt.shape[1] :], stream.rows[3])[:, : each.latents.shape[1]]
+            self.final_layer(image_tokens(x, stream.txt), stream.rows[3])[:, : each.latents.shape[1]]
             for x, stream, each in zip(joined, streams, noisy, strict=True)
         ]
 
