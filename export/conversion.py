@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from export.quantize import FP8_DTYPE, INT4_DTYPE, NVFP4_DTYPE, NVFP4_MAX, block
 from export.rounding import fp8_codes, fp8_scale, int4_codes, nvfp4_codes
 from export.tensor_source import TensorSource
 from flux2_trt.errors import CheckpointError
+from flux2_trt.tensor_file import VALUES_AT_ONCE
 
 STORED_DTYPES: Mapping[str, tuple[str, int, torch.dtype]] = {
     "float": ("F32", 32, torch.float32),
@@ -24,7 +25,6 @@ STORED_DTYPES: Mapping[str, tuple[str, int, torch.dtype]] = {
 """By the dtype of a slot: safetensors' name, the bits of an element, and the dtype of what torch writes."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """By size: torch moves these about faster than floats of 8 and 16 bits."""
-VALUES_AT_ONCE = 2**20  # few enough to stay in a core's cache
 ROW_MULTIPLE = 64  # whole cache lines where rows become columns, and whole bytes of 4-bit codes
 
 
@@ -82,7 +82,8 @@ class Converter:
 
         Raises CheckpointError where a value is not finite.
         """
-        rows, axis, scale = self.source.shape(name)[0], int(self.graph.weights[name].transposed), self._scale(name)
+        rows, axis = self.source.shape(name)[0], int(self.graph.weights[name].transposed)
+        scale = self._scale(name)
         parts: dict[str, torch.Tensor] = {}
         for part in self.parts[name]:
             if part in self.graph.scales and self.graph.scales[part].kind == "dequantize":
@@ -90,7 +91,9 @@ class Converter:
                 parts[part] = torch.tensor([self.input_scales[name] * scale])
             else:
                 parts[part] = self._empty(self.slots[part])
-        for first, values, _ in self._read(name):
+        step = max(VALUES_AT_ONCE // math.prod(self.source.shape(name)[1:]) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+        for first in range(0, rows, step):
+            values = torch.from_numpy(self.source.read(name, first, first + step))
             for part, stored in self._stored(name, values, scale).items():
                 whole = parts[part]
                 place = whole.narrow(axis, first * whole.shape[axis] // rows, stored.shape[axis])
@@ -101,24 +104,13 @@ class Converter:
         return self.graph.weights[name].dtype == dtype
 
     def _scale(self, name: str) -> float | None:
-        """Of the whole weight; None where its format has none."""
-        if self._is(name, FP8_DTYPE) and name in self.scales.weights:
-            return self.scales.weights[name]
-        if not self._is(name, FP8_DTYPE) and not self._is(name, NVFP4_DTYPE):
-            return None
-        scale = fp8_scale(max(largest for _, _, largest in self._read(name)))
-        return scale / NVFP4_MAX if self._is(name, NVFP4_DTYPE) else scale
-
-    def _read(self, name: str) -> Iterator[tuple[int, torch.Tensor, float]]:
-        """Some rows at a time: the first one's number, their values in fp32, and the largest magnitude of these."""
-        rows, *sides = self.source.shape(name)
-        step = max(VALUES_AT_ONCE // math.prod(sides) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-        for first in range(0, rows, step):
-            values = torch.from_numpy(self.source.read(name, first, first + step))
-            smallest, largest = map(float, values.aminmax())
-            if not (math.isfinite(smallest) and math.isfinite(largest)):
-                raise CheckpointError(f"{name} holds NaN or infinity; download the checkpoint again")
-            yield first, values, max(-smallest, largest)
+        """Of the whole weight; None where its format has none. Raises CheckpointError where a value is not finite."""
+        largest = self.source.largest(name)
+        if not math.isfinite(largest):
+            raise CheckpointError(f"{name} holds NaN or infinity; download the checkpoint again")
+        if self._is(name, NVFP4_DTYPE):
+            return fp8_scale(largest) / NVFP4_MAX
+        return self.scales.weights.get(name, fp8_scale(largest)) if self._is(name, FP8_DTYPE) else None
 
     def _stored(self, name: str, values: torch.Tensor, scale: float | None) -> dict[str, torch.Tensor]:
         """The parts of some rows, which are along dimension 1 where the weight is transposed."""

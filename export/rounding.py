@@ -25,9 +25,9 @@ def fp8_scale(largest: float) -> float:
 
 
 def fp8_codes(values: torch.Tensor, scale: float) -> torch.Tensor:
-    """float8_e4m3fn [N, K] of `values` fp32 [N, K]."""
+    """float8_e4m3fn [N, K] of `values` fp32 [N, K], which are overwritten."""
     # A quotient may round up past 448, which FP8 turns into NaN.
-    return (values / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return values.div_(scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def nvfp4_codes(values: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

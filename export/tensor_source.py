@@ -22,6 +22,10 @@ class TensorSource(Protocol):
         """The tensor, or its rows `first` to `last` as in a slice, as a new array."""
         ...
 
+    def largest(self, name: str) -> float:
+        """The largest magnitude in the tensor; NaN or infinity where it holds one."""
+        ...
+
 
 @dataclass(frozen=True)
 class RandomSource:
@@ -47,3 +51,7 @@ class RandomSource:
         values = np.concatenate(parts)
         values *= np.float32(math.prod(shape[1:]) ** -0.5)
         return values
+
+    def largest(self, name: str) -> float:
+        rows = self.shapes[name][0]
+        return max(float(np.abs(self.read(name, i, i + RANDOM_ROWS)).max()) for i in range(0, rows, RANDOM_ROWS))

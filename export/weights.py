@@ -33,7 +33,7 @@ FAMILY_OF: Mapping[Component, Family] = {
     "vae_encoder": "autoencoder",
     "vae_decoder": "autoencoder",
 }
-WORKERS = max(2, min(os.cpu_count() or 1, 8))
+WORKERS = max(2, min(2 * (os.cpu_count() or 1), 8))  # half of them may wait for the disk
 CONVERTED_BYTES = 2**30  # of all weights that are converted at the same time; a larger one is alone
 READ_BYTES = 2**20
 HEADER_ALIGNMENT = 64

@@ -78,13 +78,13 @@ class Checkpoint:
         `first`, `last`: only these rows of dimension 0 are read, as in a slice.
         Raises CheckpointError for a tensor that the checkpoint lacks or stores in another dtype (`raw` gives those).
         """
-        view = self._view(name)
-        if not _is_readable(view):
-            raise CheckpointError(
-                f"{self.path}: {name} is {view.dtype}; only {', '.join(READABLE)} are read, give the BF16 checkpoint"
-            )
+        view = self._readable(name)
         whole = first == 0 and last is None
         return view.float32() if whole else view.rows(*slice(first, last).indices(view.shape[0])[:2]).float32()
+
+    def largest(self, name: str) -> float:
+        """The largest magnitude in the tensor; NaN or infinity where it holds one. Raises as `read`."""
+        return self._readable(name).largest()
 
     def raw(self, name: str) -> tuple[str, tuple[int, ...], Bytes]:
         """Dtype, shape and the bytes as stored, uint8 `[n]`; a view of the file where they lie in one piece."""
@@ -125,6 +125,14 @@ class Checkpoint:
             for title, names in (("missing", missing), ("extra", extra), ("other shape", misshaped)):
                 lines += [f"  {title}: {_listed(names)}"] if names else []
             raise CheckpointError("\n".join(lines))
+
+    def _readable(self, name: str) -> TensorView | QuantizedWeight:
+        view = self._view(name)
+        if not _is_readable(view):
+            raise CheckpointError(
+                f"{self.path}: {name} is {view.dtype}; only {', '.join(READABLE)} are read, give the BF16 checkpoint"
+            )
+        return view
 
     def _view(self, name: str) -> TensorView | QuantizedWeight:
         try:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flux2_trt.errors import CheckpointError
-from flux2_trt.tensor_file import Bytes, TensorView
+from flux2_trt.tensor_file import VALUES_AT_ONCE, Bytes, TensorView
 
 Layout = Literal["fp8", "fp8 by rows", "nvfp4", "nvfp4 blocked"]
 Floats: TypeAlias = "npt.NDArray[np.float32]"
@@ -115,6 +115,13 @@ class QuantizedWeight:
     def float32(self) -> Floats:
         values = [part.float32() for part in self.parts]
         return values[0] if len(values) == 1 else np.concatenate(values)
+
+    def largest(self) -> float:
+        """The largest magnitude; NaN where a code or a scale is NaN."""
+        rows, columns = self.shape
+        step = max(VALUES_AT_ONCE // columns, 1)
+        pieces = (self.rows(first, min(first + step, rows)).float32() for first in range(0, rows, step))
+        return float(np.max([np.abs(piece).max() for piece in pieces]))
 
     def bytes(self) -> Bytes:
         """The codes."""

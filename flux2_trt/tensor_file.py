@@ -30,6 +30,7 @@ BITS = {
     "F4": 4,
 }
 READABLE = ("BF16", "F16", "F32", "F64")
+VALUES_AT_ONCE = 2**20  # few enough to stay in a core's cache
 _STORED = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 Bytes = npt.NDArray[np.uint8]
@@ -73,6 +74,20 @@ class TensorView:
                 part[:] = stored
             start += stored.size
         return values.reshape(self.shape)
+
+    def largest(self) -> float:
+        """The largest magnitude; NaN or infinity where there is one. For dtypes in `READABLE` only."""
+        largest = np.zeros((), np.float32)
+        for segment in self.segments:
+            stored = segment.view(_STORED[self.dtype])
+            for begin in range(0, stored.size, VALUES_AT_ONCE):
+                values = stored[begin : begin + VALUES_AT_ONCE]
+                if self.dtype == "BF16":  # without the sign they are in the order of their bits, NaN after infinity
+                    top = np.bitwise_and(values, 0x7FFF).max().astype(np.uint32) << np.uint32(16)
+                    largest = np.maximum(largest, top.view(np.float32))
+                else:
+                    largest = np.maximum(largest, np.abs(values).max().astype(np.float32))
+        return float(largest)
 
 
 class TensorFile:

@@ -138,7 +138,10 @@ class ModuleSource:
         return tuple(self.state[name].shape)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
-        return self.state[name][first:last].numpy()
+        return self.state[name][first:last].numpy().copy()
+
+    def largest(self, name: str) -> float:
+        return float(self.state[name].abs().max())
 
 
 def small_spec() -> ModelSpec:

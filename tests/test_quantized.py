@@ -59,6 +59,7 @@ def test_fp8_with_one_scale(tmp_path: Path, names: tuple[str, str], shape: tuple
     checkpoint = opened(tmp_path, stored)
     assert set(checkpoint.names()) == {f"{LINEAR}.weight", "img_in.weight"}
     expected = stored[f"{prefix}{LINEAR}.weight"].float() * scale
+    assert checkpoint.largest(f"{LINEAR}.weight") == expected.abs().max()
     np.testing.assert_array_equal(checkpoint.read(f"{LINEAR}.weight"), expected.numpy())
     assert checkpoint.weight_scale(f"{LINEAR}.weight") == float(scale)
     assert checkpoint.input_scale(f"{LINEAR}.weight") == pytest.approx(0.03)

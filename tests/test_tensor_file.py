@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
 from flux2_trt.errors import CheckpointError
 from flux2_trt.tensor_file import TensorFile
@@ -37,14 +39,26 @@ def resident_bytes() -> int:
 
 
 def test_every_bfloat16_is_exact(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file as save_torch_file
-
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).reshape(256, 256)
     save_torch_file({"x": values}, tmp_path / "x.safetensors")
     view = TensorFile(tmp_path / "x.safetensors").tensors["x"]
     assert (view.dtype, view.shape) == ("BF16", (256, 256))
     np.testing.assert_array_equal(view.float32().view(np.uint32), values.float().numpy().view(np.uint32))  # NaNs too
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_largest_magnitude_is_torchs(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "x.safetensors"
+    values = torch.randn(3, 2**19 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bad = {"nan": float("nan"), "-inf": float("-inf")}
+    tensors = {"x": values, "zeros": torch.zeros(2, dtype=dtype)}
+    tensors |= {name: torch.tensor([1.0, value, 2.0], dtype=dtype) for name, value in bad.items()}
+    save_torch_file(tensors, path)
+    views = TensorFile(path).tensors
+    assert views["x"].largest() == values.abs().max().float()
+    assert views["zeros"].largest() == 0
+    assert np.isnan(views["nan"].largest())
+    assert views["-inf"].largest() == np.inf
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

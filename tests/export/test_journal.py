@@ -42,6 +42,9 @@ class Source:
         self.read_names.append(name)
         return np.random.default_rng(NAMES.index(name)).standard_normal((ROWS, COLUMNS), np.float32)[first:last]
 
+    def largest(self, name: str) -> float:
+        return float(np.abs(self.read(name)).max())
+
 
 def linears(dtype: str = FP8_DTYPE) -> Graph:
     """Ten weights and their scales; what computes with them does not matter here."""

@@ -37,7 +37,10 @@ class Source:
         return self.tensors[name].shape
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
-        return self.tensors[name][first:last]
+        return self.tensors[name][first:last].copy()
+
+    def largest(self, name: str) -> float:
+        return float(np.abs(self.tensors[name]).max())
 
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)  # [N, K] as a checkpoint stores it
