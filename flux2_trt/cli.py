@@ -282,7 +282,7 @@ def list_bundles(json: Json = False, quiet: Quiet = False) -> None:
 
 @bundles.command()
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(help="Names, paths or keys (default: all).")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Names, keys or folders (default: all of the store).")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

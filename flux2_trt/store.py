@@ -157,13 +157,23 @@ class Store:
         return path
 
     def verify(self, which: str | Path) -> Bundle:
-        """Hashes every file of a bundle, named as for `remove`. Raises BundleError where one differs."""
-        path = self._locate(which)
-        if problem := BundleSummary.of(path).problem:
-            raise BundleError(problem)
+        """Hashes every file of a bundle: one of the store, named as for `remove`, or any by the path of its folder.
+
+        Raises BundleError where one differs.
+        """
+        path = Path(os.path.abspath(which))
+        if not self._is_path(which) or path.parent.resolve() == self.bundles.resolve():
+            path = self._locate(which)
+            if problem := BundleSummary.of(path).problem:
+                raise BundleError(problem)
         bundle = Bundle.inspect(path)
         bundle.verify()
         return bundle
+
+    @staticmethod
+    def _is_path(which: str | Path) -> bool:
+        text = os.fspath(which)
+        return bool(set(text) & {os.sep, os.altsep or os.sep}) or text in ("", ".", "..")
 
     def _locate(self, which: str | Path) -> Path:
         text = os.fspath(which)
@@ -171,7 +181,7 @@ class Store:
         keys |= {bundle.path.name: bundle.key for bundle in self.list()}
         if text in keys:
             return self.bundles / text
-        if set(text) & {os.sep, os.altsep or os.sep} or text in ("", ".", ".."):
+        if self._is_path(text):
             given = Path(os.path.abspath(text))
             if given.parent.resolve() != self.bundles.resolve():
                 raise UsageError(f"{text!r} is outside of the bundle store {self.bundles}; see: flux2-trt bundles list")

@@ -508,6 +508,17 @@ def test_verify_hashes_everything(store):
         store.verify(KEY[:8])
 
 
+def test_verify_takes_a_folder_outside_of_the_store(store, tmp_path):
+    carried = tmp_path / "carried"
+    shutil.copytree(publish(store).path, carried)
+    assert store.verify(carried).path == carried
+    (carried / "weights/transformer.fp32.safetensors").write_bytes(b"x" * len(WEIGHTS))
+    with pytest.raises(BundleError, match="sha256"):
+        store.verify(carried)
+    with pytest.raises(BundleError, match="no bundle folder"):
+        store.verify(tmp_path / "nowhere")
+
+
 def test_store_root_comes_from_the_environment(monkeypatch, tmp_path):
     assert store_root({"FLUX2_TRT_HOME": str(tmp_path)}) == tmp_path
     assert store_root({"FLUX2_TRT_HOME": "~/x"}) == Path.home() / "x"
