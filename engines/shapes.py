@@ -79,8 +79,7 @@ def profiles(component: Component, spec: ModelSpec, request: ShapeRequest) -> Se
         case "text_encoder":
             return [{"batch": batches, "text_tokens": text}]
         case "conditioning":
-            steps = Range(1, spec.sampling.num_inference_steps, MAX_STEPS)
-            return [{"steps": steps, "batch": batches, "text_tokens": text}]
+            return [{"steps": _steps(spec), "batch": batches, "text_tokens": text}]
     limit = spec.sampling.max_side**2
     asked = [SIZE_CLASSES[name] for name in request.sizes]
     classes = {SizeClass(min(each.best, limit), min(each.most, limit)) for each in asked}
@@ -99,7 +98,12 @@ def _transformer_profile(
     least = spec.sampling.min_side**2 // pixels
     tokens = Range(least, best, most + references)
     every = Range(least + text.least, best + text.best, most + references + text.most)
-    return {"batch": batches, "tokens": tokens, "text_tokens": text, "all_tokens": every}
+    return {"batch": batches, "tokens": tokens, "text_tokens": text, "all_tokens": every, "steps": _steps(spec)}
+
+
+def _steps(spec: ModelSpec) -> Range:
+    """Of the tables, which have a row for each."""
+    return Range(1, spec.sampling.num_inference_steps, MAX_STEPS)
 
 
 def _picture_profile(spec: ModelSpec, size: SizeClass, batches: Range) -> Profile:

@@ -18,7 +18,7 @@ from export.assembly import Assembly
 from export.examples import SIZES, TORCH_DTYPES, Dims, Example, Input
 from export.graph import Graph
 from export.modules.text_encoder import TextEncoder, side_by_side
-from export.modules.transformer import Transformer, euler_step, image_tokens, join
+from export.modules.transformer import Transformer, euler_step, image_tokens, join, row_of
 from export.recipes import Dtype
 from flux2_trt.spec import Component, ModelSpec
 
@@ -68,6 +68,7 @@ def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
         return Input(name, (1, 1, width * d), compute)
 
     latents = Input("latents", ("batch", "tokens", size.in_channels))
+    step = Input("step", (1,), torch.int32)
     rotary = tuple(Input(name, ("all_tokens", size.head_dim // 2)) for name in ("cos", "sin"))
     img, txt, hidden = stream("img", "tokens"), stream("txt", "text_tokens"), stream("hidden", "all_tokens")
     rows = (row("img_modulation", 6), row("txt_modulation", 6), row("single_modulation", 3), row("final_modulation", 2))
@@ -76,15 +77,20 @@ def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
     def example(inputs: tuple[Input, ...], **outputs: Dims) -> Example:
         return Example(inputs, outputs, SIZES)
 
-    def epilogue(model: Transformer, hidden: Any, text_tokens: Any, row: Any, latents: Any, *step: Any) -> Any:
+    def prologue(model: Transformer, latents: Any, modulation: Any, step: Any) -> Any:
+        return model.prologue(latents, row_of(modulation, step))
+
+    def epilogue(
+        model: Transformer, hidden: Any, text_tokens: Any, row: Any, latents: Any, dt: Any, step: Any, *mix: Any
+    ) -> Any:
         velocity = model.final_layer(image_tokens(hidden, text_tokens), row)
-        return euler_step(latents, velocity, *step)
+        return euler_step(latents, velocity, row_of(dt, step), *mix), step + 1
 
     parts = {
         "prologue": Part(
-            Transformer.prologue,
+            prologue,
             example(
-                (latents, Input("modulation", (1, size.modulation_size), compute)),
+                (latents, Input("modulation", ("steps", size.modulation_size), compute), step),
                 img=img.dims,
                 **{each.name: {} for each in rows},
             ),
@@ -102,10 +108,12 @@ def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
             epilogue,
             example(
                 (
-                    *(hidden, stream("text_tokens", "text_tokens"), rows[3], latents, Input("dt", ("tokens",))),
+                    *(hidden, stream("text_tokens", "text_tokens"), rows[3], latents),
+                    *(Input("dt", ("steps", "tokens")), step),
                     *([Input("guidance_mix", ("batch", "batch"))] if mixes else []),
                 ),
                 updated_latents=latents.dims,
+                next_step={},
             ),
         ),
     }
@@ -117,7 +125,7 @@ def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
     def assemble(graphs: Mapping[str, Graph]) -> Graph:
         whole = Assembly("transformer")
         img, img_row, txt_row, single_row, final_row = whole.add(
-            graphs["prologue"], "prologue", ["latents", "modulation"]
+            graphs["prologue"], "prologue", ["latents", "modulation", "step"]
         )
         txt = "text_tokens"
         for index in range(size.num_double_blocks):
@@ -127,9 +135,8 @@ def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
         for index in range(size.num_single_blocks):
             inputs = [hidden, single_row, "cos", "sin"]
             (hidden,) = whole.add(graphs["single_block"], f"single_blocks.{index}", inputs)
-        step = ["dt", "guidance_mix"] if mixes else ["dt"]
-        inputs = [hidden, "text_tokens", final_row, "latents", *step]
-        whole.add(graphs["epilogue"], "epilogue", inputs, ["updated_latents"])
+        inputs = [hidden, "text_tokens", final_row, "latents", "dt", "step", *(["guidance_mix"] if mixes else [])]
+        whole.add(graphs["epilogue"], "epilogue", inputs, ["updated_latents", "next_step"])
         return whole.finish()
 
     shallow = replace(

@@ -20,7 +20,7 @@ from flux2_trt.errors import BundleError, UsageError
 from flux2_trt.models import FAMILY
 from flux2_trt.spec import TRANSFORMER_PARTS, ModelSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "bundle.json"
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"

@@ -349,19 +349,18 @@ class Flux2Pipeline:
         with clock.stage("denoise"):
             references = [latents.reshape(1, -1, latents.shape[-1]) for latents in picture.references]
             tokens = np.concatenate([pack(picture.noise[None]), *references], axis=1).repeat(batch, axis=0)
-            dt = np.zeros(tokens.shape[1], np.float32)
-            static: dict[str, NDArray[Any]] = {"text_tokens": text_tokens, "cos": cos, "sin": sin, "dt": dt}
+            steps = np.diff(levels.astype(np.float32))
+            dt = np.zeros((len(steps), tokens.shape[1]), np.float32)
+            dt[:, :image_tokens] = steps[:, None]
+            static: dict[str, NDArray[Any]] = {"text_tokens": text_tokens, "cos": cos, "sin": sin}
+            static |= {"modulation": table, "dt": dt}
             if self.spec.sampling.guidance_kind == "classifier_free":
                 static["guidance_mix"] = _guidance_mix(batch, guidance)
-            steps = np.diff(levels.astype(np.float32))
-            for index, step in enumerate(steps):
+            for index in range(len(steps)):
                 if self._interrupted:
                     raise Interrupted(f"stopped after {index} of {len(steps)} steps")
-                dt[:image_tokens] = step
-                row = table[index : index + 1]
-                tokens = self.engine("transformer").run({"latents": tokens, "modulation": row, **static})[
-                    "updated_latents"
-                ]
+                step = np.array([index], np.int32)
+                tokens = self.engine("transformer").run({"latents": tokens, "step": step, **static})["updated_latents"]
                 if callback is not None:
                     latents = unpack(tokens[:1, :image_tokens], height, width)
                     changed = callback(self, index, float(levels[index]), {"latents": latents}) or {}

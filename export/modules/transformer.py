@@ -178,12 +178,13 @@ class Transformer(nn.Module):
     def prologue(self, latents: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
         """The image stream [B, N, d], and the rows of modulation of image and text stream, single blocks, final layer.
 
-        Arguments as in `forward`; the rows are as `split_modulation` gives them.
+        latents [B, N, C] fp32; modulation [1, 17*d] or [B, 17*d]; the rows are as `split_modulation` gives them.
         """
         return self.img_in(latents.to(self.img_in.weight.dtype)), *split_modulation(modulation, self.hidden_size)
 
     def velocity(self, latents: Tensor, modulation: Tensor, text_tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The flow-matching velocity [B, N, C] in the compute dtype; arguments as in `forward`."""
+        """The flow-matching velocity [B, N, C] in the compute dtype; modulation as in `prologue`, others as in
+        `forward`."""
         img, img_row, txt_row, single_row, final_row = self.prologue(latents, modulation)
         txt = text_tokens
         for block in self.double_blocks:
@@ -201,15 +202,23 @@ class Transformer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         dt: Tensor,
+        step: Tensor,
         guidance_mix: Tensor | None = None,
-    ) -> Tensor:
-        """latents [B, N, C] fp32 to updated latents [B, N, C] fp32.
+    ) -> tuple[Tensor, Tensor]:
+        """latents [B, N, C] fp32 to updated latents [B, N, C] fp32, and the number of the next step.
 
-        modulation [1, 17*d] (one row of the conditioning table) or [B, 17*d]; text_tokens [B, T, d]; cos, sin
-        [T + N, D/2] fp32; dt [N] fp32, the step of sigma, zero for reference tokens, which therefore stay as they are;
-        guidance_mix [B, B] fp32 combines the velocities of a batch of unconditional and conditional pictures.
+        step [1] int32 is the row of two tables: modulation [S, 17*d], the conditioning table, and dt [S, N] fp32, the
+        step of sigma, zero for reference tokens, which therefore stay as they are. text_tokens [B, T, d]; cos, sin
+        [T + N, D/2] fp32; guidance_mix [B, B] fp32 combines the velocities of a batch of unconditional and conditional
+        pictures.
         """
-        return euler_step(latents, self.velocity(latents, modulation, text_tokens, cos, sin), dt, guidance_mix)
+        velocity = self.velocity(latents, row_of(modulation, step), text_tokens, cos, sin)
+        return euler_step(latents, velocity, row_of(dt, step), guidance_mix), step + 1
+
+
+def row_of(table: Tensor, step: Tensor) -> Tensor:
+    """Row `step` [1] of a table [S, n], as [1, n]."""
+    return table.index_select(0, step)
 
 
 def join(txt: Tensor, img: Tensor) -> Tensor:
@@ -223,8 +232,8 @@ def image_tokens(hidden: Tensor, text_tokens: Tensor) -> Tensor:
 
 
 def euler_step(latents: Tensor, velocity: Tensor, dt: Tensor, guidance_mix: Tensor | None = None) -> Tensor:
-    """`latents + dt * velocity` in fp32, [B, N, C]; arguments as in `Transformer.forward`."""
+    """`latents + dt * velocity` in fp32, [B, N, C]; dt [1, N], others as in `Transformer.forward`."""
     velocity = velocity.float()
     if guidance_mix is not None:
         velocity = (guidance_mix @ velocity.flatten(1)).reshape(velocity.shape)
-    return latents + dt[:, None] * velocity
+    return latents + dt[:, :, None] * velocity

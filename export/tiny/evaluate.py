@@ -53,10 +53,11 @@ def torch_generator(
         table, text_tokens = model.conditioning(levels[:-1], model.text_encoder(batch.input_ids, batch.attention_mask))
         noise = noise_batch(seeds, spec.transformer.in_channels, height, width)
         tokens = torch.cat((torch.from_numpy(pack(noise)), batch.references), dim=1)
-        dt = torch.zeros(tokens.shape[1])
-        for index, step in enumerate(levels.diff()):
-            dt[: width * height] = step
-            tokens = model.transformer(tokens, table[index : index + 1], text_tokens, cos, sin, dt)
+        dt = torch.zeros(len(table), tokens.shape[1])
+        dt[:, : width * height] = levels.diff()[:, None]
+        step = torch.zeros(1, dtype=torch.int32)
+        for _ in table:
+            tokens, step = model.transformer(tokens, table, text_tokens, cos, sin, dt, step)
         return decoder(tokens[:, : width * height].unflatten(1, (height, width))).numpy()
 
     return generate

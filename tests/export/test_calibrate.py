@@ -90,10 +90,11 @@ def test_blocks_one_by_one_see_what_the_whole_model_sees(guidance: float) -> Non
                 text = torch.cat((text, conditioning(torch.zeros(1), embeds_of(""))[1]))
             mix = torch.tensor([[guidance, 1 - guidance]] * 2) if guidance > 1 else None
             tokens = torch.cat([latents, *references], dim=1).repeat(len(text), 1, 1)
-            for step, dt in enumerate(np.diff(levels, append=0)):
-                per_token = torch.zeros(tokens.shape[1])
-                per_token[: shape[1]] = float(dt)
-                tokens = transformer(tokens, table[step : step + 1], text, cos, sin, per_token, mix)
+            dt = torch.zeros(len(table), tokens.shape[1])
+            dt[:, : shape[1]] = torch.from_numpy(np.diff(levels, append=0))[:, None]
+            step = torch.zeros(1, dtype=torch.int32)
+            for _ in table:
+                tokens, step = transformer(tokens, table, text, cos, sin, dt, step, mix)
     quantized = {name for name in seen if "blocks." in name or "layers." in name}
     assert set(scales) == quantized
     for name in quantized:

@@ -90,9 +90,11 @@ def test_velocity_and_step_of_the_transformer(tmp_path: Path, sizes: dict[str, A
             velocity = transformer.velocity(latents, row, text_tokens, cos, sin)
             assert relative_error(velocity, expected) < FP32
 
-            dt = torch.full((tokens,), -0.2)
-            dt[15:] = 0.0
-            updated = transformer(latents, row, text_tokens, cos, sin, dt)
+            dt = torch.full((len(table), tokens), 7.0)
+            dt[step, :15], dt[step, 15:] = -0.2, 0.0
+            now = torch.tensor([step], dtype=torch.int32)
+            updated, after = transformer(latents, table, text_tokens, cos, sin, dt, now)
+            assert after.tolist() == [step + 1]
             assert relative_error(updated[:, :15], latents[:, :15] - 0.2 * expected[:, :15]) < FP32
             assert torch.equal(updated[:, 15:], latents[:, 15:])
 
@@ -107,7 +109,7 @@ def test_guidance_mix_is_classifier_free_guidance(tmp_path: Path) -> None:
     latents = torch.randn(1, 6, spec.transformer.in_channels, generator=generator)
     embeds = torch.randn(2, 5, spec.transformer.context_dim, generator=generator)
     cos, sin = map(torch.from_numpy, rotary_tables(ids, spec.transformer.axes_dim, spec.transformer.theta))
-    scale, dt = 3.0, torch.full((6,), -0.1)
+    scale, dt = 3.0, torch.full((1, 6), -0.1)
     with torch.no_grad():
         unconditional, conditional = (
             theirs(
@@ -121,7 +123,8 @@ def test_guidance_mix_is_classifier_free_guidance(tmp_path: Path) -> None:
         )
         table, text_tokens = conditioning(torch.tensor([0.6]), embeds)
         mix = torch.tensor([[1 - scale, scale]] * 2)
-        updated = transformer(latents.repeat(2, 1, 1), table, text_tokens, cos, sin, dt, mix)
+        step = torch.zeros(1, dtype=torch.int32)
+        updated, _ = transformer(latents.repeat(2, 1, 1), table, text_tokens, cos, sin, dt, step, mix)
     # Flux2KleinPipeline's formula
     expected = latents - 0.1 * (unconditional + scale * (conditional - unconditional))
     assert relative_error(updated[:1], expected) < FP32

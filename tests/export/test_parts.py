@@ -68,18 +68,19 @@ def inputs_of_a_step(batch: int, text: int, tokens: int) -> Arrays:
     angles = normal(text + tokens, size.head_dim // 2) * 3
     return {
         "latents": normal(batch, tokens, size.in_channels),
-        "modulation": normal(1, size.modulation_size) * np.float32(0.5),
+        "modulation": normal(3, size.modulation_size) * np.float32(0.5),
+        "step": np.array([1], np.int32),
         "text_tokens": normal(batch, text, size.hidden_size),
         "cos": np.cos(angles),
         "sin": np.sin(angles),
-        "dt": np.full(tokens, -0.3, np.float32),
+        "dt": normal(3, tokens),
         "guidance_mix": normal(batch, batch),
     }
 
 
 def expected(module: torch.nn.Module, step: Arrays) -> NDArray[np.float32]:
     with torch.no_grad():
-        return module(**{name: torch.from_numpy(value) for name, value in step.items()}).numpy()
+        return module(**{name: torch.from_numpy(value) for name, value in step.items()})[0].numpy()
 
 
 @pytest.mark.parametrize(("batch", "text", "tokens"), [(1, 5, 16), (3, 40, 21)])
@@ -90,7 +91,7 @@ def test_plans_of_blocks_one_after_the_other_make_a_step(
     assert set(TRANSFORMER_PARTS) | {"join"} == set(parts)
     step, weights, size = inputs_of_a_step(batch, text, tokens), weights_of(transformer), SPEC.transformer
     rotary = [step["cos"], step["sin"]]
-    inputs = [step["latents"], step["modulation"]]
+    inputs = [step["latents"], step["modulation"], step["step"]]
     img, img_row, txt_row, single_row, final_row = run(parts["prologue"], weights, inputs)
     txt = step["text_tokens"]
     for block in range(size.num_double_blocks):
@@ -98,8 +99,9 @@ def test_plans_of_blocks_one_after_the_other_make_a_step(
     hidden = np.concatenate([txt, img], axis=1)
     for block in range(size.num_single_blocks):
         (hidden,) = run(parts["single_block"], weights, [hidden, single_row, *rotary], block)
-    inputs = [hidden, step["text_tokens"], final_row, step["latents"], step["dt"], step["guidance_mix"]]
-    (updated,) = run(parts["epilogue"], weights, inputs)
+    inputs = [hidden, step["text_tokens"], final_row, *(step[name] for name in ("latents", "dt", "step"))]
+    updated, following = run(parts["epilogue"], weights, [*inputs, step["guidance_mix"]])
+    assert following == [2]
     np.testing.assert_allclose(updated, expected(transformer, step), atol=TOLERANCE, rtol=TOLERANCE)
 
 
@@ -109,7 +111,7 @@ def test_every_block_of_the_whole_has_its_own_weights(transformer: torch.nn.Modu
     assert whole.attentions == SPEC.transformer.num_double_blocks + SPEC.transformer.num_single_blocks
     step = inputs_of_a_step(2, 7, 12)
     assert [name for name in whole.shapes() if name in step] == list(step)
-    (updated,) = run(whole, weights_of(transformer), list(step.values()))
+    updated, _ = run(whole, weights_of(transformer), list(step.values()))
     np.testing.assert_allclose(updated, expected(transformer, step), atol=TOLERANCE, rtol=TOLERANCE)
 
 

@@ -70,20 +70,21 @@ def test_the_transformer_is_rounded_as_torch_rounds(
         "text_tokens": rng.standard_normal((batch, text, d), dtype=np.float32),
         "cos": np.cos(angles),
         "sin": np.sin(angles),
-        "dt": np.full(tokens, -1.0, np.float32),
+        "dt": np.full((1, tokens), -1.0, np.float32),
+        "step": np.zeros(1, np.int32),
         "guidance_mix": np.eye(batch, dtype=np.float32),
     }
     tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
     ours = session.run(feed)["updated_latents"]
     with torch.no_grad():
-        plain = module(**tensors).numpy()
+        plain = module(**tensors)[0].numpy()
         for name in quantized(graph):
             owner, leaf = name.removesuffix(".weight").rsplit(".", 1)
             parent = module.get_submodule(owner)
             setattr(parent, leaf, RoundedLinear(parent.get_submodule(leaf)))
         if recipe.attention:
             monkeypatch.setattr(F, "scaled_dot_product_attention", rounded_attention)
-        theirs = module(**tensors).numpy()
+        theirs = module(**tensors)[0].numpy()
     # Values that fp32 rounds to either side of a tie become neighbours in FP8, 6 % apart: few, in sums of many.
     assert np.abs(ours - theirs).mean() < 0.1 * np.abs(theirs - plain).mean()
     assert np.abs(theirs - plain).max() > 1e-3

@@ -134,17 +134,18 @@ def feeds(case: str) -> Iterator[Feed]:
                 }
                 yield feed | ({"guidance": rng.random(steps, dtype=np.float32) * 5} if spec is EMBEDDED else {})
         case "transformer":
-            for batch, text, tokens in ((1, 5, 16), (3, 64, 35), (2, 1, 130)):
+            for batch, text, tokens, steps in ((1, 5, 16, 1), (3, 64, 35, 5), (2, 1, 130, 2)):
                 angles = normal(text + tokens, spec.transformer.head_dim // 2) * 3
-                dt = np.full(tokens, -0.3, np.float32)
-                dt[tokens // 2 :] = 0.0
+                dt = np.full((steps, tokens), -0.3, np.float32)
+                dt[:, tokens // 2 :] = 0.0
                 feed = {
                     "latents": normal(batch, tokens, spec.transformer.in_channels),
-                    "modulation": normal(1, 17 * d) * np.float32(0.5),
+                    "modulation": normal(steps, 17 * d) * np.float32(0.5),
                     "text_tokens": normal(batch, text, d),
                     "cos": np.cos(angles),
                     "sin": np.sin(angles),
                     "dt": dt,
+                    "step": np.array([steps // 2], np.int32),
                 }
                 yield feed | ({} if spec is EMBEDDED else {"guidance_mix": normal(batch, batch)})
         case "vae_encoder":
@@ -175,7 +176,7 @@ def test_graph_equals_torch_at_other_sizes(traced: Traced) -> None:
 def test_reference_tokens_come_back_as_they_were(traced: Traced) -> None:
     for feed in feeds(traced.case):
         updated = traced.engine.run(feed)["updated_latents"]
-        still = feed["dt"] == 0.0
+        still = feed["dt"][0] == 0.0
         np.testing.assert_array_equal(updated[:, still], feed["latents"][:, still])
         assert (updated[:, ~still] != feed["latents"][:, ~still]).mean() > 0.99
 
@@ -197,7 +198,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(traced: Traced) -> None:
     names = {
         "text_encoder": ("input_ids attention_mask", "prompt_embeds"),
         "conditioning": ("timestep prompt_embeds", "modulation text_tokens"),
-        "transformer": ("latents modulation text_tokens cos sin dt", "updated_latents"),
+        "transformer": ("latents modulation text_tokens cos sin dt step", "updated_latents next_step"),
         "vae_encoder": ("image", "latents"),
         "vae_decoder": ("latents", "image"),
     }
@@ -239,6 +240,8 @@ def test_bf16_graph(in_bf16: Graph) -> None:
             assert dtype == "bfloat16", name
         elif name in ("input_ids", "attention_mask"):
             assert dtype == "int64", name
+        elif name in ("step", "next_step"):
+            assert dtype == "int32", name
         else:
             assert dtype == ("uint8" if name == "image" else "float"), name
 
