@@ -27,7 +27,7 @@ import typer
 from benchmarks.baselines import diffusers_pipeline, diffusers_run
 from benchmarks.machine import machine
 from engines.sources import resolve_source
-from flux2_trt.latents import noise_batch
+from flux2_trt.noise import noise_batch
 from flux2_trt.pipeline import Flux2Pipeline
 
 PROMPT = "a large red circle on a blue background"

@@ -88,7 +88,7 @@ def _sigmas(text: str) -> tuple[float, ...]:
 
 
 def _seed(text: str) -> int:
-    from flux2_trt.latents import picture_seeds
+    from flux2_trt.noise import picture_seeds
 
     return picture_seeds(_whole(text), count=1)[0]
 
@@ -140,7 +140,9 @@ class RunOptions:
     seed: int | None = field(
         default=None,
         metadata=_option(
-            "Seed; picture i has seed + i (default: drawn and shown).", "a whole number from 0 to 2**64 - 1", _seed
+            "Seed, with torch's noise of an H100; picture i has seed + i (default: drawn and shown).",
+            "a whole number from 0 to 2**64 - 1",
+            _seed,
         ),
     )
     num_images: int = field(

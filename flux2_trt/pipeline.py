@@ -19,8 +19,9 @@ from PIL import Image
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, Interrupted, UsageError
 from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
-from flux2_trt.latents import noise_batch, pack, picture_seeds, position_ids, rotary_tables, unpack
+from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
 from flux2_trt.manifest import UNCOMPILED
+from flux2_trt.noise import noise_batch, picture_seeds
 from flux2_trt.runtime.engine import RUNNABLE_TARGET, Engine
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
