@@ -29,6 +29,7 @@ from benchmarks.machine import machine
 from engines.sources import resolve_source
 from flux2_trt.noise import noise_batch
 from flux2_trt.pipeline import Flux2Pipeline
+from flux2_trt.runtime.engine import PLANS, Backend
 
 PROMPT = "a large red circle on a blue background"
 PACKAGES = ("flux2-trt", "torch", "diffusers", "onnxruntime", "numpy")
@@ -79,7 +80,10 @@ def measure_commands(home: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 def compare(repeats: int) -> dict[str, Any]:
-    """Seconds for one 256x256 picture from prompt embeds, ours and the baselines', interleaved."""
+    """Seconds for one 256x256 picture from prompt embeds, ours and the baselines', interleaved.
+
+    Baselines are diffusers, and our own modules run by torch from the same bundle.
+    """
     source = resolve_source("tiny", None)
     pipeline = Flux2Pipeline.from_pretrained("tiny")
     spec, sampling = pipeline.spec, pipeline.spec.sampling
@@ -93,13 +97,20 @@ def compare(repeats: int) -> dict[str, Any]:
     compiled.vae.decode = torch.compile(compiled.vae.decode)
     steps = sampling.num_inference_steps
 
-    def ours() -> np.ndarray:
-        return np.asarray(pipeline(prompt_embeds=embeds, latents=noise).images[0])
+    def ours(backend: Backend) -> Callable[[], np.ndarray]:
+        pipe = pipeline if backend == PLANS else Flux2Pipeline(pipeline.bundle, backend)
+        return lambda: np.asarray(pipe(prompt_embeds=embeds, latents=noise).images[0])
 
     def baseline(pipe: Any) -> Callable[[], np.ndarray]:
         return lambda: diffusers_run(pipe, embeds, noise, steps, size)
 
-    runs = {"flux2-trt": ours, "diffusers eager": baseline(eager), "diffusers torch.compile": baseline(compiled)}
+    runs = {
+        "flux2-trt": ours(PLANS),
+        "flux2-trt torch": ours("torch"),
+        "flux2-trt torch-compile": ours("torch-compile"),
+        "diffusers eager": baseline(eager),
+        "diffusers torch.compile": baseline(compiled),
+    }
     pictures = {name: run() for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(repeats):

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flux2_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    from flux2_trt.runtime.engine import Backend
 
 DEFAULT_MODEL = "tiny"
 SHOWN_CHARACTERS = 60  # of a value that is refused
@@ -93,6 +96,14 @@ def _seed(text: str) -> int:
     return picture_seeds(_whole(text), count=1)[0]
 
 
+def _backend(text: str) -> str:
+    from flux2_trt.runtime.engine import BACKENDS
+
+    if text not in BACKENDS:
+        raise ValueError(text)
+    return text
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """One request for pictures. None is the default of the model; `match_image` counts from 1."""
@@ -109,6 +120,14 @@ class RunOptions:
     bundle: Path | None = field(
         default=None,
         metadata=_option("Bundle folder, in place of a model.", "a folder that flux2-trt build printed", _path),
+    )
+    backend: Backend = field(
+        default="plans",
+        metadata=_option(
+            "What runs it: plans, or to compare with, torch or torch-compile (default: plans).",
+            "plans, torch or torch-compile",
+            _backend,
+        ),
     )
     image: tuple[Path, ...] = field(
         default=(),
