@@ -1,7 +1,7 @@
 """What the README says about speed on a CPU: `python -m benchmarks.cpu`.
 
 Whole commands as a user types them (wall time, peak memory), then our loop beside diffusers eager and `torch.compile`:
-the same weights, prompt embeds, noise and steps, interleaved in one run. Writes one JSON file.
+the same weights, prompt embeds, noise and steps, interleaved in one run. Noise by itself. Writes one JSON file.
 """
 
 from __future__ import annotations
@@ -132,6 +132,19 @@ def compare(repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_noise(repeats: int) -> dict[str, float]:
+    """Median seconds for the noise of one picture with 128 channels, by size in pixels."""
+    medians = {}
+    for side in (1024, 2048):
+        seconds = []
+        for seed in range(repeats):
+            started = time.perf_counter()
+            noise_batch([seed], 128, side // 16, side // 16)
+            seconds.append(time.perf_counter() - started)
+        medians[f"{side}x{side}"] = round(statistics.median(seconds), 4)
+    return medians
+
+
 def main(
     repeats: Annotated[int, typer.Option(help="Repetitions of every measurement.")] = 5,
     output: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS / "cpu.json",
@@ -146,6 +159,7 @@ def main(
             "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "commands": commands,
             "comparison": compare(repeats),
+            "noise_median_seconds": measure_noise(repeats),
         }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -92,15 +92,13 @@ def normal(seed: int, count: int, gpu: GpuThreads = H100) -> Floats:
     values = np.empty(count, np.float32)
     threads = min(gpu.count, math.ceil(count / BLOCK) * BLOCK)
     for turn, start in enumerate(range(0, count, NORMALS * threads)):
-        drawn = values[
-            start : start + NORMALS * threads
-        ]  # normal 0 of every thread, then normal 1 of every thread, ...
+        drawn = values[start : start + NORMALS * threads]  # normal 0 of all threads, then normal 1, ...
         for first in range(0, min(threads, len(drawn)), CHUNK):
             last = min(first + CHUNK, threads, len(drawn))
             counters = np.zeros((4, last - first), np.uint64)
             counters[0], counters[2] = turn, np.arange(first, last)
             each = range(math.ceil(len(drawn) / threads))
-            for index, numbers in zip(each, _normals(philox(counters, seed)), strict=False):
+            for index, numbers in zip(each, _normals(philox(counters, int(seed))), strict=False):
                 place = drawn[index * threads + first : index * threads + last]
                 place[:] = numbers[: len(place)]
     return values
@@ -134,7 +132,7 @@ def _normals(words: Words) -> Iterator[Floats]:
 def rounded_to_bfloat16(values: Floats) -> Floats:
     """The nearest bfloat16 numbers, ties to even, as f32; for finite values."""
     bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
 def _check_seed(seed: int) -> None:
