@@ -1,7 +1,7 @@
 """What the README says about speed on a CPU: `python -m benchmarks.cpu`.
 
 Whole commands as a user types them (wall time, peak memory), then our loop beside diffusers eager and `torch.compile`:
-the same weights, prompt embeds, noise and steps, interleaved in one run. Writes one JSON file.
+the same weights, prompt embeds, noise and steps, interleaved in one run. Noise by itself. Writes one JSON file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import typer
 from benchmarks.baselines import diffusers_pipeline, diffusers_run
 from benchmarks.machine import machine
 from engines.sources import resolve_source
-from flux2_trt.latents import noise_batch
+from flux2_trt.noise import noise_batch
 from flux2_trt.pipeline import Flux2Pipeline
+from flux2_trt.runtime.engine import PLANS, Backend
 
 PROMPT = "a large red circle on a blue background"
 PACKAGES = ("flux2-trt", "torch", "diffusers", "onnxruntime", "numpy")
@@ -79,7 +80,10 @@ def measure_commands(home: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 def compare(repeats: int) -> dict[str, Any]:
-    """Seconds for one 256x256 picture from prompt embeds, ours and the baselines', interleaved."""
+    """Seconds for one 256x256 picture from prompt embeds, ours and the baselines', interleaved.
+
+    Baselines are diffusers, and our own modules run by torch from the same bundle.
+    """
     source = resolve_source("tiny", None)
     pipeline = Flux2Pipeline.from_pretrained("tiny")
     spec, sampling = pipeline.spec, pipeline.spec.sampling
@@ -93,13 +97,20 @@ def compare(repeats: int) -> dict[str, Any]:
     compiled.vae.decode = torch.compile(compiled.vae.decode)
     steps = sampling.num_inference_steps
 
-    def ours() -> np.ndarray:
-        return np.asarray(pipeline(prompt_embeds=embeds, latents=noise).images[0])
+    def ours(backend: Backend) -> Callable[[], np.ndarray]:
+        pipe = pipeline if backend == PLANS else Flux2Pipeline(pipeline.bundle, backend)
+        return lambda: np.asarray(pipe(prompt_embeds=embeds, latents=noise).images[0])
 
     def baseline(pipe: Any) -> Callable[[], np.ndarray]:
         return lambda: diffusers_run(pipe, embeds, noise, steps, size)
 
-    runs = {"flux2-trt": ours, "diffusers eager": baseline(eager), "diffusers torch.compile": baseline(compiled)}
+    runs = {
+        "flux2-trt": ours(PLANS),
+        "flux2-trt torch": ours("torch"),
+        "flux2-trt torch-compile": ours("torch-compile"),
+        "diffusers eager": baseline(eager),
+        "diffusers torch.compile": baseline(compiled),
+    }
     pictures = {name: run() for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(repeats):
@@ -121,6 +132,19 @@ def compare(repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_noise(repeats: int) -> dict[str, float]:
+    """Median seconds for the noise of one picture with 128 channels, by size in pixels."""
+    medians = {}
+    for side in (1024, 2048):
+        seconds = []
+        for seed in range(repeats):
+            started = time.perf_counter()
+            noise_batch([seed], 128, side // 16, side // 16)
+            seconds.append(time.perf_counter() - started)
+        medians[f"{side}x{side}"] = round(statistics.median(seconds), 4)
+    return medians
+
+
 def main(
     repeats: Annotated[int, typer.Option(help="Repetitions of every measurement.")] = 5,
     output: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS / "cpu.json",
@@ -135,6 +159,7 @@ def main(
             "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "commands": commands,
             "comparison": compare(repeats),
+            "noise_median_seconds": measure_noise(repeats),
         }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

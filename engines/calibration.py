@@ -14,11 +14,11 @@ from export.calibrate import Calibration, CalibrationSample, Pixels, input_scale
 from export.conversion import NO_SCALES, Scales
 from export.quantize import FP8_MAX
 from export.recipes import QUANTIZED_LINEARS, Recipe
-from export.weights import FAMILY_OF
 from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.errors import UsageError
 from flux2_trt.images import load_reference, prepare_reference, reference_max_area
 from flux2_trt.inventory import expected_tensors
+from flux2_trt.naming import FAMILY_OF
 from flux2_trt.spec import ModelSpec
 from flux2_trt.text import PromptTokenizer
 

@@ -26,11 +26,11 @@ from export.recipes import Recipe
 from export.simulation import simulate_nvfp4
 from export.tensor_source import TensorSource
 from export.trace import trace, trace_parts
-from export.weights import FAMILY_OF, place_external, read_spans, write_weights
+from export.weights import place_external, read_spans, write_weights
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error
 from flux2_trt.manifest import UNCOMPILED, ComponentRecord, FileRecord, WeightPlacement
-from flux2_trt.naming import Family
+from flux2_trt.naming import FAMILY_OF, Family
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import TRANSFORMER_PARTS, Component
 

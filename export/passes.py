@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.modules import Module, load_module
 from export.modules.autoencoder import VaeEncoder
 from export.modules.conditioning import Conditioning
 from export.modules.text_encoder import Layer, attention_masks, rotary_tables, side_by_side
@@ -23,8 +23,6 @@ from flux2_trt.errors import Flux2Error
 from flux2_trt.naming import Family
 from flux2_trt.spec import ModelSpec, TransformerSpec
 from flux2_trt.text import PromptTokenizer
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Observer:
@@ -123,11 +121,7 @@ class Passes:
 
     def loaded(self, make: Callable[[], Module], prefix: str, source: TensorSource) -> Module:
         """A module with its weights, which are those of `source` whose names begin with `prefix`."""
-        with torch.device("meta"):
-            module = make()
-        state = {name: torch.from_numpy(source.read(f"{prefix}{name}")).to(self.device) for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
-        return module.eval()
+        return load_module(make, source, self.device, prefix=prefix)
 
 
 class TransformerPasses:

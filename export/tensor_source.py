@@ -1,16 +1,22 @@
-"""TensorSource: where a graph's weights come from, whole or some rows at a time."""
+"""TensorSource: where weights come from, whole or some rows at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flux2_trt.errors import BundleError
+from flux2_trt.tensor_file import TensorFile
+
 RANDOM_ROWS = 64
+TRANSPOSED = "transposed"
+"""The metadata of a weight file that names, with spaces between them, the weights [N, K] which it holds as [K, N]."""
 
 
 class TensorSource(Protocol):
@@ -55,3 +61,27 @@ class RandomSource:
     def largest(self, name: str) -> float:
         rows = self.shapes[name][0]
         return max(float(np.abs(self.read(name, i, i + RANDOM_ROWS)).max()) for i in range(0, rows, RANDOM_ROWS))
+
+
+class WeightFile:
+    """The weights of a bundle's component as the checkpoint has them, from a file that nothing is quantized in.
+
+    Raises BundleError for a file that does not say how its weights lie in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = TensorFile(path)
+        if TRANSPOSED not in self.file.metadata:
+            raise BundleError(f"{path} was written by an earlier version, for plans only; build the bundle again")
+        self.transposed = frozenset(self.file.metadata[TRANSPOSED].split())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.file.tensors[name].shape
+        return tuple(reversed(shape)) if name in self.transposed else shape
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        values = self.file.tensors[name].float32()
+        return np.ascontiguousarray(values.T[first:last] if name in self.transposed else values[first:last])
+
+    def largest(self, name: str) -> float:
+        return self.file.tensors[name].largest()

@@ -22,17 +22,8 @@ from export.conversion import NO_SCALES, STORED_DTYPES, Converter, Scales
 from export.graph import Graph, WeightSlot
 from export.journal import Journal
 from export.quantize import INT4_DTYPE
-from export.tensor_source import TensorSource
-from flux2_trt.naming import Family
-from flux2_trt.spec import Component
+from export.tensor_source import TRANSPOSED, TensorSource
 
-FAMILY_OF: Mapping[Component, Family] = {
-    "text_encoder": "text_encoder",
-    "conditioning": "transformer",
-    "transformer": "transformer",
-    "vae_encoder": "autoencoder",
-    "vae_decoder": "autoencoder",
-}
 WORKERS = max(2, min(2 * (os.cpu_count() or 1), 8))  # half of them may wait for the disk
 CONVERTED_BYTES = 2**30  # of all weights that are converted at the same time; a larger one is alone
 READ_BYTES = 2**20
@@ -133,6 +124,7 @@ def read_spans(path: Path) -> dict[str, Span]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
+    del entries["__metadata__"]
     start = 8 + length
     offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
     return {name: (start + first, last - first) for name, (first, last) in offsets.items()}
@@ -169,7 +161,8 @@ def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, Span], bytes]:
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + length]}
         places[name] = (position, length)
         position += length
-    header = json.dumps(entries, separators=(",", ":")).encode()
+    transposed = " ".join(sorted(name for name, slot in weights.items() if slot.transposed))
+    header = json.dumps({"__metadata__": {TRANSPOSED: transposed}, **entries}, separators=(",", ":")).encode()
     header = header.ljust(-(-(len(header) + 8) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8)
     start = len(header) + 8
     return {name: (start + first, length) for name, (first, length) in places.items()}, header

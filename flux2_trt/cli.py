@@ -282,9 +282,7 @@ def list_bundles(json: Json = False, quiet: Quiet = False) -> None:
 
 @bundles.command()
 def verify(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Names, keys or folders (default: all).")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Names, keys or folders (default: all).")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Latents: the noise of a seed, their token layout, and the rotary tables of their positions."""
+"""Latents: their token layout, and the rotary tables of their positions."""
 
 from __future__ import annotations
 
@@ -7,38 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from flux2_trt.errors import UsageError
-
-SEED_COUNT = 2**64
 REFERENCE_TIME_STEP = 10  # reference k sits at t = 10 * k (flux2 `sampling.py`, diffusers `_prepare_image_ids`)
-
-
-def noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normal noise of one picture, f32 of `shape`, from the Philox stream of its seed.
-
-    Raises UsageError for a seed that is not a whole number from 0 to 2**64 - 1.
-    """
-    _check_seed(seed)
-    return np.random.Generator(np.random.Philox(int(seed))).standard_normal(tuple(shape), dtype=np.float32)
-
-
-def noise_batch(seeds: Sequence[int], channels: int, height: int, width: int) -> NDArray[np.float32]:
-    """Noise f32 [B, C, h, w], sides in latent tokens; a seed gives the same picture whatever the batch around it."""
-    return np.stack([noise(seed, (channels, height, width)) for seed in seeds])
-
-
-def picture_seeds(seed: int, count: int) -> list[int]:
-    """The own seeds of `count` pictures made from a base seed: seed + index, modulo 2**64.
-
-    Image k of prompt j has index j * num_images_per_prompt + k, so the own seed makes one picture again by itself.
-    """
-    _check_seed(seed)
-    return [(int(seed) + index) % SEED_COUNT for index in range(count)]
-
-
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < SEED_COUNT:
-        raise UsageError(f"seed {seed!r} is not allowed; give a whole number from 0 to 2**64 - 1, for example 42")
 
 
 def pack(latents: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flux2_trt.errors import CheckpointError
+from flux2_trt.spec import Component
 
 Family = Literal["transformer", "autoencoder", "text_encoder"]
 FAMILIES: tuple[Family, ...] = ("transformer", "autoencoder", "text_encoder")
+FAMILY_OF: Mapping[Component, Family] = {
+    "text_encoder": "text_encoder",
+    "conditioning": "transformer",
+    "transformer": "transformer",
+    "vae_encoder": "autoencoder",
+    "vae_decoder": "autoencoder",
+}
 Arrangement = Literal["plain", "concatenated", "halves_swapped", "pointwise_conv"]
 
 

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flux2_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    from flux2_trt.runtime.engine import Backend
 
 DEFAULT_MODEL = "tiny"
 SHOWN_CHARACTERS = 60  # of a value that is refused
@@ -88,9 +91,17 @@ def _sigmas(text: str) -> tuple[float, ...]:
 
 
 def _seed(text: str) -> int:
-    from flux2_trt.latents import picture_seeds
+    from flux2_trt.noise import picture_seeds
 
     return picture_seeds(_whole(text), count=1)[0]
+
+
+def _backend(text: str) -> str:
+    from flux2_trt.runtime.engine import BACKENDS
+
+    if text not in BACKENDS:
+        raise ValueError(text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,14 @@ class RunOptions:
     bundle: Path | None = field(
         default=None,
         metadata=_option("Bundle folder, in place of a model.", "a folder that flux2-trt build printed", _path),
+    )
+    backend: Backend = field(
+        default="plans",
+        metadata=_option(
+            "What runs it: plans, or to compare with, torch or torch-compile (default: plans).",
+            "plans, torch or torch-compile",
+            _backend,
+        ),
     )
     image: tuple[Path, ...] = field(
         default=(),
@@ -140,7 +159,9 @@ class RunOptions:
     seed: int | None = field(
         default=None,
         metadata=_option(
-            "Seed; picture i has seed + i (default: drawn and shown).", "a whole number from 0 to 2**64 - 1", _seed
+            "Seed, with torch's noise of an H100; picture i has seed + i (default: drawn and shown).",
+            "a whole number from 0 to 2**64 - 1",
+            _seed,
         ),
     )
     num_images: int = field(

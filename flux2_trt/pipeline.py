@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux2_trt.bundle import Bundle
-from flux2_trt.errors import BundleError, Interrupted, UsageError
+from flux2_trt.errors import BundleError, Flux2Error, Interrupted, UsageError
 from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
-from flux2_trt.latents import noise_batch, pack, picture_seeds, position_ids, rotary_tables, unpack
+from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
 from flux2_trt.manifest import UNCOMPILED
-from flux2_trt.runtime.engine import RUNNABLE_TARGET, Engine
+from flux2_trt.noise import noise_batch, picture_seeds
+from flux2_trt.runtime.engine import BACKENDS, PLANS, RUNNABLE_TARGET, Backend, Engine
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
 from flux2_trt.store import Store
@@ -74,27 +75,33 @@ class _Clock:
 
 
 class Flux2Pipeline:
-    """A bundle, ready to make pictures. Engines load when they are first needed and stay."""
+    """A bundle, ready to make pictures. Engines load when they are first needed and stay.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    `backend`: "plans" runs what was compiled; "torch" and "torch-compile" run the modules that it was compiled from,
+    with the same weights, on a CUDA device where there is one: to compare with.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend = PLANS) -> None:
+        if backend not in BACKENDS:
+            raise UsageError(f"backend {backend!r} is not known; give {', '.join(BACKENDS)}")
+        self.bundle, self.backend = bundle, backend
         self.spec: ModelSpec = bundle.manifest.model
         self._engines: dict[str, Engine] = {}
         self._tokenizer: PromptTokenizer | None = None
         self._interrupted = False
 
     @staticmethod
-    def from_bundle(path: str | Path) -> Flux2Pipeline:
+    def from_bundle(path: str | Path, backend: Backend = PLANS) -> Flux2Pipeline:
         """Raises BundleError for a bundle that is missing, damaged, or of another version."""
-        return Flux2Pipeline(Bundle.open(path))
+        return Flux2Pipeline(Bundle.open(path), backend)
 
     @staticmethod
-    def from_pretrained(name: str) -> Flux2Pipeline:
+    def from_pretrained(name: str, backend: Backend = PLANS) -> Flux2Pipeline:
         """The newest bundle of that model in the store; partial bundles and synthetic weights are passed over.
 
         Raises BundleError with the build command where there is none.
         """
-        return Flux2Pipeline.from_bundle(Store().find(name, RUNNABLE_TARGET, makes_pictures=True))
+        return Flux2Pipeline.from_bundle(Store().find(name, RUNNABLE_TARGET, makes_pictures=True), backend)
 
     def interrupt(self) -> None:
         """Stop the running call between two steps; it raises Interrupted."""
@@ -191,23 +198,37 @@ class Flux2Pipeline:
     def engine(self, component: Component) -> Engine:
         """The engine of a component, loaded if it was not yet."""
         if component not in self._engines:
-            record = self.bundle.component(component)
-            if record.compiler == UNCOMPILED:
-                raise BundleError(
-                    f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target "
-                    f"{self.bundle.manifest.target}: flux2-trt build {shlex.quote(str(self.bundle.path))}"
-                )
-            if record.compiler != "onnxruntime":
-                raise BundleError(
-                    f"{self.bundle.path} was compiled by {record.compiler}, which this version does not run; build it "
-                    f"for the CPU: flux2-trt build {self.spec.name} --target cpu"
-                )
-            from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
-
-            weights = self.bundle.weights_path(component)
-            assert weights is not None
-            self._engines[component] = OnnxRuntimeEngine(self.bundle.plan_path(component), weights)
+            load = self._plan_engine if self.backend == PLANS else self._torch_engine
+            self._engines[component] = load(component)
         return self._engines[component]
+
+    def _plan_engine(self, component: Component) -> Engine:
+        record = self.bundle.component(component)
+        if record.compiler == UNCOMPILED:
+            raise BundleError(
+                f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target "
+                f"{self.bundle.manifest.target}: flux2-trt build {shlex.quote(str(self.bundle.path))}"
+            )
+        if record.compiler != "onnxruntime":
+            raise BundleError(
+                f"{self.bundle.path} was compiled by {record.compiler}, which this version does not run; build it "
+                f"for the CPU: flux2-trt build {self.spec.name} --target cpu"
+            )
+        from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
+
+        weights = self.bundle.weights_path(component)
+        assert weights is not None
+        return OnnxRuntimeEngine(self.bundle.plan_path(component), weights)
+
+    def _torch_engine(self, component: Component) -> Engine:
+        try:
+            from flux2_trt.runtime.torch import TorchEngine
+        except ModuleNotFoundError as error:
+            raise Flux2Error(
+                f"backend {self.backend} needs the package {error.name!r}, which is not installed; pip install torch, "
+                "or leave the backend out"
+            ) from error
+        return TorchEngine.from_bundle(self.bundle, component, compiled=self.backend == "torch-compile")
 
     def _tokens(self, side: int) -> int:
         return side // self.spec.autoencoder.pixels_per_token

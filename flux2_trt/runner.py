@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from flux2_trt.pipeline import Flux2Pipeline, Output
+    from flux2_trt.runtime.engine import Backend
 
 TINY = "tiny"
 SEED_BITS = 32
@@ -51,6 +52,7 @@ class Runner:
         self._overwrite = overwrite
         self._pipeline: Flux2Pipeline | None = None
         self._folder: Path | None = None
+        self._backend: Backend | None = None
         self._introduced = False
 
     def run(self, options: RunOptions, on_written: Callable[[Path], None]) -> RunReport:
@@ -69,7 +71,7 @@ class Runner:
 
         # 2. The names of the pictures, then the model
         with reserved_names(options.output, options.num_images, self._overwrite) as names:
-            pipeline = self._load(folder)
+            pipeline = self._load(folder, options.backend)
 
             # 3. Draw
             seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
@@ -113,15 +115,16 @@ class Runner:
             raise
         return folder, read_manifest(folder).model
 
-    def _load(self, folder: Path | None) -> Flux2Pipeline:
+    def _load(self, folder: Path | None, backend: Backend) -> Flux2Pipeline:
         if folder is None:
             folder = self._build_tiny()
-        if self._pipeline is None or folder != self._folder:
+        if self._pipeline is None or (folder, backend) != (self._folder, self._backend):
             self._pipeline = None  # the old one goes before the new one comes
             with self._console.clean_results():
                 from flux2_trt.pipeline import Flux2Pipeline
 
-                self._pipeline, self._folder = Flux2Pipeline.from_bundle(folder), folder
+                self._pipeline = Flux2Pipeline.from_bundle(folder, backend)
+                self._folder, self._backend = folder, backend
         return self._pipeline
 
     def _build_tiny(self) -> Path:

@@ -162,7 +162,7 @@ def test_hostile_json_is_one_line(folder, text):
 
 def test_unknown_schema_is_refused_before_its_keys_are_judged(folder):
     forge(folder, lambda values: values.update(schema_version=7, new_key=1))
-    assert "schema version 7, this flux2-trt reads 2" in refusal(folder)
+    assert "schema version 7, this flux2-trt reads 3" in refusal(folder)
 
 
 @pytest.mark.parametrize(

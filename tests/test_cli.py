@@ -52,6 +52,7 @@ class Bench:
     """What the stand-ins were asked for, and what they are to do."""
 
     loads: list[Path] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
     calls: list[dict] = field(default_factory=list)
     builds: list[dict] = field(default_factory=list)
     truncated: bool = False
@@ -72,8 +73,9 @@ def bench(monkeypatch, tmp_path) -> Bench:
             self.bundle, self.spec = bundle, bundle.manifest.model
 
         @staticmethod
-        def from_bundle(path):
+        def from_bundle(path, backend):
             bench.loads.append(Path(path))
+            bench.backends.append(backend)
             return StandInPipeline(Bundle.open(path))
 
         def __call__(self, *, seed, width, height, num_inference_steps, num_images_per_prompt, **rest):
@@ -168,6 +170,19 @@ def test_run_prints_only_the_paths_on_stdout(bench):
     assert files() == ["flux2-0001.png", "flux2-0002.png"]
 
 
+def test_the_backend_is_handed_on(bench):
+    publish()
+    for flags in ([], ["--backend", "torch"], ["--backend", "torch-compile"]):
+        assert flux2("run", "a red cube", *flags).exit_code == 0
+    assert bench.backends == ["plans", "torch", "torch-compile"]
+
+
+def test_a_session_loads_again_for_another_backend(bench, terminal):
+    publish()
+    flux2("run", typed="a cube\nrun\nbackend=torch\nrun\nrun\nbackend=\nrun\nquit\n")
+    assert bench.backends == ["plans", "torch", "plans"]
+
+
 def test_a_picture_carries_what_made_it(bench):
     folder = publish()
     Path("refs").mkdir()
@@ -222,6 +237,7 @@ def test_quiet_leaves_stderr_to_warnings(bench):
         ["--num-images", "0"],
         ["--image", "missing.png"],
         ["--match-image", "1"],
+        ["--backend", "onnx"],
         ["--model", "colour"],
         ["--model", "tiny", "--bundle", "."],
         ["-o", "picture.jpg"],

@@ -1,4 +1,4 @@
-"""A seed gives the same picture in any batch; tokens, positions and rotary tables are diffusers'."""
+"""Tokens, positions and rotary tables are diffusers'."""
 
 from __future__ import annotations
 
@@ -8,45 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 
-from flux2_trt.errors import UsageError
-from flux2_trt.latents import noise, noise_batch, pack, picture_seeds, position_ids, rotary_tables, unpack
+from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
 from flux2_trt.models import published_spec
-
-LAST_SEED = 2**64 - 1
-
-
-def test_a_seed_gives_the_same_noise_forever() -> None:
-    # Recorded with numpy 2.4.6. numpy may change a generator's stream in a new release; users' seeds may not change.
-    expected = np.array([-1.48384106, -0.33662856, 0.20083328, -0.30365208], dtype=np.float32)
-    # A few units in the last place: the tail of the distribution goes through the platform's logarithm.
-    np.testing.assert_allclose(noise(42, (4,)), expected, rtol=5e-7)
-
-
-def test_a_seed_gives_the_same_picture_whatever_the_batch() -> None:
-    alone = noise_batch([7], 8, 4, 6)
-    assert alone.shape == (1, 8, 4, 6) and alone.dtype == np.float32
-    assert np.array_equal(noise_batch([1, 7, LAST_SEED], 8, 4, 6)[1], alone[0])
-
-
-def test_pictures_of_neighbouring_seeds_are_independent_standard_normal_noise() -> None:
-    first, second = noise_batch([0, 1], 128, 32, 32).reshape(2, -1)
-    # 131072 samples: the mean, the deviation and the correlation of true noise stay within 5 / sqrt(n) = 0.014.
-    for value in (first.mean(), first.std() - 1, second.mean(), second.std() - 1, np.corrcoef(first, second)[0, 1]):
-        assert abs(value) < 5 / np.sqrt(first.size)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "7", None])
-def test_a_seed_outside_the_range_is_refused_with_the_range(seed: object) -> None:
-    with pytest.raises(UsageError, match=r"seed .* whole number from 0 to 2\*\*64 - 1"):
-        noise(seed, (1,))  # type: ignore[arg-type]
-    with pytest.raises(UsageError):
-        picture_seeds(seed, 2)  # type: ignore[arg-type]
-
-
-def test_the_pictures_of_a_run_count_up_from_its_seed_and_wrap() -> None:
-    assert picture_seeds(40, 3) == [40, 41, 42]
-    assert picture_seeds(LAST_SEED, 3) == [LAST_SEED, 0, 1]
-    assert np.array_equal(noise(np.uint64(LAST_SEED), (3,)), noise(LAST_SEED, (3,)))  # type: ignore[arg-type]
+from flux2_trt.noise import noise_batch
 
 
 def test_pack_is_diffusers_pack_and_unpack_undoes_it() -> None:

@@ -182,6 +182,25 @@ def test_references(pair: Pair, sizes: list[tuple[int, int]]) -> None:
     assert relative_error(without, theirs) > 0.01
 
 
+def test_torch_gives_the_same_from_the_same_bundle(pair: Pair) -> None:
+    """With a reference and guidance, and decoded."""
+    arguments: dict[str, Any] = {
+        "prompt_embeds": normal(1, text_tokens(pair), 24, seed=1),
+        "image": picture(96, 64),
+        "height": 80,
+        "width": 64,
+        "latents": normal(1, 16, 5, 4),
+        "num_inference_steps": 3,
+    } | guidance(pair)
+    by_torch = OurPipeline.from_bundle(pair.ours.bundle.path, backend="torch")
+    found = by_torch(output_type="latent", **arguments).images
+    assert relative_error(found, pair.ours(output_type="latent", **arguments).images) < FINAL_LATENTS
+    arguments["image"] = [arguments["image"]]
+    assert relative_error(found, pair.expected(**arguments, **negative(pair))) < FINAL_LATENTS
+    pixels = [np.asarray(each(**arguments).images[0], int) for each in (by_torch, pair.ours)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
 def test_two_prompts_share_references_and_have_noise_of_their_own(pair: Pair) -> None:
     noise, embeds = normal(2, 16, 4, 5), normal(2, text_tokens(pair), 24, seed=1)
     arguments: dict[str, Any] = {

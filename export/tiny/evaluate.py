@@ -14,7 +14,8 @@ from export.tiny.dataset import DRAW, Sample, sample
 from export.tiny.flow import FlowModel
 from export.tiny.judge import judge, score
 from export.tiny.pool import encode_samples
-from flux2_trt.latents import noise_batch, pack, position_ids, rotary_tables
+from flux2_trt.latents import pack, position_ids, rotary_tables
+from flux2_trt.noise import noise_batch
 from flux2_trt.schedule import sigmas
 from flux2_trt.text import PromptTokenizer
 

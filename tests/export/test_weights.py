@@ -10,16 +10,16 @@ import pytest
 import torch
 from diffusers.quantizers.bfl import utils as diffusers_bfl
 from onnx import TensorProto, helper
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
 from export.conversion import Scales
 from export.graph import Graph, ScaleSlot, WeightSlot
 from export.quantize import FP8_DTYPE, INT4_DTYPE, NVFP4_DTYPE, block_scale_name
 from export.rounding import nvfp4_codes
-from export.tensor_source import RandomSource
+from export.tensor_source import RandomSource, WeightFile
 from export.weights import place_external, write_weights
-from flux2_trt.errors import CheckpointError
+from flux2_trt.errors import BundleError, CheckpointError
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.models import published_spec
 from flux2_trt.quantized import e2m1_values
@@ -72,6 +72,27 @@ def test_the_file_holds_the_layout_that_the_graph_takes(graph, tmp_path):
     np.testing.assert_array_equal(stored["bias"], BIAS)
     offset, length = spans["bias"]
     np.testing.assert_array_equal(np.frombuffer(path.read_bytes()[offset : offset + length], np.float32), BIAS)
+
+
+def test_the_file_gives_back_what_the_checkpoint_had(graph, tmp_path):
+    """Square weights too, whose shape does not tell that they are transposed, and some rows of one."""
+    given = {"weight": np.arange(64 * 64, dtype=np.float32).reshape(64, 64), "bias": BIAS}
+    slots = {**graph.weights, "weight": WeightSlot((64, 64), "bfloat16", transposed=True)}
+    path = tmp_path / "weights.safetensors"
+    write_weights(replace(graph, weights=slots), Source(given), path)
+    file = WeightFile(path)
+    expected = given["weight"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    for rows in ((0, None), (3, 40)):
+        np.testing.assert_array_equal(file.read("weight", *rows), expected[slice(*rows)])
+    np.testing.assert_array_equal(file.read("bias"), BIAS)
+    write_weights(graph, Source({"weight": WEIGHT, "bias": BIAS}), path)
+    assert WeightFile(path).shape("weight") == WEIGHT.shape
+
+
+def test_a_file_that_does_not_say_how_its_weights_lie_is_refused(tmp_path):
+    save_file({"weight": WEIGHT}, tmp_path / "w.safetensors")
+    with pytest.raises(BundleError, match="written by an earlier version"):
+        WeightFile(tmp_path / "w.safetensors")
 
 
 def test_a_graph_with_external_weights_computes_from_the_file(graph, tmp_path):
