@@ -66,7 +66,8 @@ class Drawing:
         Raises UsageError for what the model does not draw.
         """
         sampling = spec.sampling
-        width, height = width or sampling.width, height or sampling.height
+        width = sampling.width if width is None else width
+        height = sampling.height if height is None else height
         check_size(width, height, sampling, spec.autoencoder.pixels_per_token)
         steps = sampling.num_inference_steps if steps is None else steps
         if not 1 <= steps <= MAX_STEPS:

@@ -6,14 +6,14 @@ of a bundle's plans, else an estimate; times are floors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from engines.drawing import Drawing
 from engines.footprint import buffer_bytes
 from engines.hardware import GIGA
-from engines.residency import BIG, SLOTS, Residency, arrangements, least_bytes, reside
+from engines.residency import BIG, KINDS, SLOTS, Residency, arrangements, least_bytes, reside
 from engines.roofline import Floor, compute_seconds, floor_of
 from engines.setting import Setting
 from engines.work import double_block, runs_of
@@ -80,48 +80,6 @@ class Forecast:
     def picture_seconds(self) -> float:
         return self.batch_seconds / self.drawing.batch
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        setting, drawing = self.setting, self.drawing
-        return {
-            "model": setting.spec.name,
-            "precision": setting.recipe.name,
-            "width": drawing.width,
-            "height": drawing.height,
-            "batch": drawing.batch,
-            "num_references": len(drawing.references),
-            "steps": drawing.steps,
-            "guided": drawing.guided,
-            "memory_bytes": setting.memory_bytes,
-            "device_bytes": self.device_bytes,
-            "budget_bytes": self.items,
-            "scratch_is_estimated": setting.recorded is None or not setting.recorded.scratch,
-            "pinned_host_bytes": self.pinned_bytes,
-            "bus": setting.hardware.bus.name,
-            "components": [self._component(component) for component in setting.spec.components],
-            "step_floor_seconds": self.step.seconds,
-            "step_bound": self.step.bound,
-            "copies_hide": self.copies_hide,
-            "moving_seconds": self.moving_seconds,
-            "picture_floor_seconds": self.picture_seconds,
-        }
-
-    def _component(self, component: Component) -> dict[str, Any]:
-        values: dict[str, Any] = {"name": component, "kind": "remote" if component == "text_encoder" else "unused"}
-        if component not in self.floors:
-            return values
-        placement, floor = self.residency.placements[component], self.floors[component]
-        return values | {
-            "kind": placement.kind,
-            "weight_bytes": placement.weight_bytes,
-            "device_bytes": placement.device_bytes,
-            "streamed_bytes_per_step": placement.streamed.bytes if placement.streamed else 0,
-            "scratch_bytes": self.setting.scratch(component, self.drawing),
-            "runs": runs_of(component, self.drawing),
-            "floor_seconds": floor.seconds,
-            "bound": floor.bound,
-        }
-
 
 def forecast(setting: Setting, drawing: Drawing) -> Forecast:
     """The fastest arrangement that fits, by its floors. Raises DeviceMemoryError where none does."""
@@ -133,12 +91,14 @@ def forecast(setting: Setting, drawing: Drawing) -> Forecast:
         for residency in _residencies(setting, drawing)
     ]
     if not fitting:
-        needed = least_memory(setting, drawing)
+        needed, free = least_memory(setting, drawing), setting.memory_bytes
+        up, down = math.ceil(needed / GIGA * 100) / 100, math.floor(free / GIGA * 100) / 100
+        size = f"{drawing.width}x{drawing.height}, batch {drawing.batch}"
         raise DeviceMemoryError(
-            f"{setting.spec.name} in {setting.recipe.name} at {drawing.width}x{drawing.height}, batch {drawing.batch}, "
-            f"needs at least {needed / GIGA:.2f} GB of device memory, and {setting.memory_bytes / GIGA:.2f} GB are free",
+            f"{setting.spec.name} in {setting.recipe.name} at {size}, needs at least {up:.2f} GB of device memory, and "
+            f"{down:.2f} GB are free",
             needed,
-            setting.memory_bytes,
+            free,
         )
     return min(fitting, key=lambda each: each.batch_seconds)  # of equals the first, which moves least
 
@@ -146,7 +106,7 @@ def forecast(setting: Setting, drawing: Drawing) -> Forecast:
 def least_memory(setting: Setting, drawing: Drawing) -> int:
     """The least bytes of a device that do, with all moved that can be."""
     weights = setting.all_weights(drawing)
-    options = arrangements(weights, setting.can_stream)
+    options = arrangements(setting.can_stream)
     return _beside(setting, drawing) + min(least_bytes(option, weights, setting.blocks) for option in options)
 
 
@@ -158,19 +118,19 @@ def _beside(setting: Setting, drawing: Drawing) -> int:
 def _residencies(setting: Setting, drawing: Drawing) -> list[Residency]:
     """Every arrangement that fits, those that move least first."""
     weights, room = setting.all_weights(drawing), setting.memory_bytes - _beside(setting, drawing)
-    options = arrangements(weights, setting.can_stream)
+    options = arrangements(setting.can_stream)
     found = (reside(option, weights, setting.blocks, room) for option in options)
     return [residency for residency in found if residency]
 
 
 def largest(setting: Setting, drawing: Drawing, residency: Residency) -> tuple[int, int]:
     """The largest batch at this size, and the largest side of a square picture in a batch of one, that fit with text
-    encoder and transformer of the kinds that they have in `residency`; more blocks may have to be streamed."""
-    kinds = {component: residency.placements[component].kind for component in BIG if component in residency.placements}
+    encoder and transformer moved no more than in `residency`, but for how many blocks are streamed."""
+    most_moved = {name: KINDS.index(residency.placements[name].kind) for name in BIG if name in residency.placements}
 
     def fits(other: Drawing) -> bool:
         return any(
-            all(found.placements[component].kind == kind for component, kind in kinds.items())
+            all(KINDS.index(found.placements[name].kind) <= moved for name, moved in most_moved.items())
             for found in _residencies(setting, other)
         )
 

@@ -2,7 +2,7 @@
 
 A component is *resident*; or *swapped* in whole for its stage and dropped after it; or *streamed*, the transformer
 only: the blocks that find no room come through the bus in every step, into two slots, one that fills while the other
-is computed with; or *remote*. Components run one after the other and share one scratch memory (TensorRT:
+is computed with. Components run one after the other and share one scratch memory (TensorRT:
 `ExecutionContextAllocationStrategy.USER_MANAGED`). Whatever is moved comes from pinned memory of the host.
 """
 
@@ -12,11 +12,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from flux2_trt.spec import Component
 
-Kind = Literal["resident", "swapped", "streamed", "remote"]
+Kind = Literal["resident", "swapped", "streamed"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""By how much they move."""
 BIG: tuple[Component, ...] = ("text_encoder", "transformer")
 SLOTS = 2
 
@@ -103,20 +105,19 @@ class Residency:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What is moved at all. `alternates`: text encoder and transformer make room for one another."""
+    """What is moved at all. `alternates`: text encoder and transformer make room for one another and for the others;
+    `swaps_small`: so do those."""
 
     alternates: bool
     swaps_small: bool
     streams: bool
 
 
-def arrangements(weights: Mapping[Component, int], can_stream: bool) -> Iterator[Arrangement]:
-    """All that make sense for the components in `weights`, those that move least first."""
-    alternates = (False, True) if "text_encoder" in weights else (False,)
-    for streams, alternate, swaps_small in product(
-        (False, True) if can_stream else (False,), alternates, (False, True)
-    ):
-        yield Arrangement(alternate, swaps_small, streams)
+def arrangements(can_stream: bool) -> Iterator[Arrangement]:
+    """All there are, those that move least first."""
+    both = (False, True)
+    for streams, alternates, swaps_small in product(both if can_stream else (False,), both, both):
+        yield Arrangement(alternates, swaps_small, streams)
 
 
 def least_bytes(arrangement: Arrangement, weights: Mapping[Component, int], blocks: Blocks) -> int:
