@@ -55,9 +55,11 @@ class Blocks:
             singles = math.ceil((self.bytes + SLOTS * self.single_bytes - room) / self.single_bytes)
             left = singles * self.single_bytes
             return Streamed(0, singles, left, self.bytes - left + SLOTS * self.single_bytes)
-        doubles = math.ceil((rest + SLOTS * self.double_bytes - room) / self.double_bytes)
-        left = doubles * self.double_bytes + self.num_single * self.single_bytes
-        return Streamed(doubles, self.num_single, left, self.bytes - left + SLOTS * self.double_bytes)
+        over = self.bytes + SLOTS * self.double_bytes - room
+        doubles = math.ceil((over - self.num_single * self.single_bytes) / self.double_bytes)
+        singles = max(math.ceil((over - doubles * self.double_bytes) / self.single_bytes), 0)
+        left = doubles * self.double_bytes + singles * self.single_bytes
+        return Streamed(doubles, singles, left, self.bytes - left + SLOTS * self.double_bytes)
 
 
 @dataclass(frozen=True)
