@@ -238,9 +238,11 @@ def plan(
     console = _console(json, quiet)
     setting = resolve_setting(model, target, precision, memory, text_encoder)
     made = preflight(setting, Drawing.of(setting.spec, width, height, batch, num_references, steps))
+    if json:
+        console.object(values_of(made))
+        return
     for line in lines_of(made):
         console.line(line)
-    console.object(values_of(made))
 
 
 def _split(names: str) -> tuple[str, ...]:
