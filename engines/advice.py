@@ -16,12 +16,13 @@ from flux2_trt.errors import DeviceMemoryError
 Asked = tuple[Setting, Drawing]
 SMALLER_SIDES = (1024, 512)
 MOST_SUGGESTIONS = 3
+PLANS_OF_BLOCKS = "plans of blocks (flux2-trt build --plans blocks)"
 WORTHWHILE = 0.97  # of the time that it takes as it is
 
 
 @dataclass(frozen=True)
 class Change:
-    """Flags that ask for something else, and what they do."""
+    """Flags that ask for something else, or words for what else to build, and what they do."""
 
     flags: str
     apply: Callable[[Asked], Asked]
@@ -93,10 +94,17 @@ def _other_settings(setting: Setting) -> Iterator[Change]:
     if setting.text_encoder == "local" and setting.spec.text_encoder:
         yield Change("--text-encoder remote", lambda asked: (replace(asked[0], text_encoder="remote"), asked[1]))
     if setting.recorded:  # its precision is settled
+        if not setting.can_stream and "bound" in setting.recipe.placements:
+            yield Change(PLANS_OF_BLOCKS, _with_blocks)
         return
     for name in TARGETS[setting.target].precisions:
         if name != setting.recipe.name:
             yield Change(f"--precision {name}", _with_precision(name))
+
+
+def _with_blocks(asked: Asked) -> Asked:
+    assert asked[0].recorded
+    return replace(asked[0], recorded=replace(asked[0].recorded, streams=True)), asked[1]
 
 
 def _with_precision(name: str) -> Callable[[Asked], Asked]:

@@ -16,8 +16,8 @@ DEFAULT_TEXT_TOKENS = 512  # of a model that takes prompt embeds, and does not s
 class Drawing:
     """`batch` pictures of `width` x `height` pixels, denoised together in `steps`.
 
-    `tokens`: of the latents of one picture, in each stream; `references`: pixels of each reference picture, which all
-    share; `guided`: each picture is denoised with and without its prompt, as classifier-free guidance wants.
+    `references`: pixels of each reference picture, which all share; `text_tokens`: of each prompt; `guided`: each
+    picture is denoised with and without its prompt, as classifier-free guidance wants.
     """
 
     width: int

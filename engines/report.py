@@ -9,6 +9,7 @@ from typing import Any
 from engines.advice import improvements
 from engines.forecast import MOST_BATCH, Forecast, largest
 from engines.hardware import GIGA
+from engines.shapes import MEGAPIXEL
 from engines.work import runs_of
 from flux2_trt.doctor import size_text
 from flux2_trt.spec import Component
@@ -18,7 +19,10 @@ def lines_of(made: Forecast) -> Iterator[str]:
     """A table of the components, then what it takes, how fast it can be at best, and what would be faster."""
     setting, drawing = made.setting, made.drawing
     pictures = "1 picture" if drawing.batch == 1 else f"{drawing.batch} pictures at once"
-    references = f", {len(drawing.references)} references of 1 MP" if drawing.references else ""
+    references = ""
+    if drawing.references:
+        count, megapixels = len(drawing.references), drawing.references[0] / MEGAPIXEL
+        references = f", {count} reference{'s' if count > 1 else ''} of {megapixels:.2g} MP"
     yield (
         f"{setting.spec.name} in {setting.recipe.name} on {setting.target} with {size_text(setting.memory_bytes)}: "
         f"{pictures} of {drawing.width}x{drawing.height}{references}, {drawing.steps} steps"
@@ -63,7 +67,7 @@ def values_of(made: Forecast) -> dict[str, Any]:
         "budget_bytes": made.items,
         "scratch_source": _scratch_source(made),
         "pinned_host_bytes": made.pinned_bytes,
-        "bus": asdict(setting.hardware.bus),
+        "hardware": asdict(setting.hardware),
         "components": [_component(made, component) for component in setting.spec.components],
         "step_floor_seconds": made.step.seconds,
         "step_bound": made.step.bound,
@@ -96,7 +100,8 @@ def _component(made: Forecast, component: Component) -> dict[str, Any]:
 
 
 def _scratch_source(made: Forecast) -> str:
-    return "compiler" if made.setting.recorded and made.setting.recorded.scratch else "estimate"
+    recorded = made.setting.recorded
+    return "compiler" if recorded and made.scratch_bytes in recorded.scratch.values() else "estimate"
 
 
 def _rows(made: Forecast) -> list[tuple[str, ...]]:

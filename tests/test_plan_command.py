@@ -57,6 +57,7 @@ def test_json_is_one_object() -> None:
     assert found["model"] == "dev" and found["target"] == "rtx4090" and found["precision"] == "fp8"
     assert sum(found["budget_bytes"].values()) == found["device_bytes"] <= found["memory_bytes"] == 24 * 10**9
     assert found["scratch_source"] == "estimate"
+    assert found["hardware"]["bus"]["name"] == "PCIe 4.0 x16" and found["hardware"]["source"]
     components = {each["name"]: each for each in found["components"]}
     assert components["text_encoder"] == {"name": "text_encoder", "kind": "remote"}
     assert components["vae_encoder"] == {"name": "vae_encoder", "kind": "unused"}

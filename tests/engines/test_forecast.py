@@ -277,6 +277,12 @@ def test_preflight_says_what_to_type() -> None:
     assert preflight(setting("dev", "rtx4090", "fp8"), square(asked)).copies_hide
 
 
+def test_a_bundle_of_whole_plans_is_told_of_blocks() -> None:
+    card = replace(setting("dev", "rtx4090", "fp8", remote=True), recorded=Recorded(streams=False))
+    with pytest.raises(DeviceMemoryError, match=r"it fits with plans of blocks \(flux2-trt build --plans blocks\)$"):
+        preflight(card, square(card))
+
+
 def test_every_remedy_makes_it_fit() -> None:
     asked = setting("klein-4b", "rtx4090", "fp8", memory=4)
     assert remedies(asked, square(asked)) == ["--text-encoder remote"]
