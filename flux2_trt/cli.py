@@ -209,6 +209,42 @@ def calibrate(
     console.object(report)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="tiny, dev, klein-4b, ..., a diffusers folder, or a bundle.")],
+    target: Annotated[str, typer.Option(help="Device type; auto is the GPU here.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="Number format (default: the target's).")] = None,
+    memory: Annotated[float | None, typer.Option(help="Free device memory in GB (default: the device's).")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels (default: the model's).")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels (default: the model's).")] = None,
+    num_references: Annotated[
+        int, typer.Option("--num-references", "--images", help="Reference pictures of 1 MP each.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (default: the model's).")] = None,
+    text_encoder: Annotated[str, typer.Option(help="local, or remote: prompt embeds come from elsewhere.")] = "local",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what of a model fits where on a device, and how fast it can be at best.
+
+    Exits with 1 where it does not fit. Times are floors from peak rates: nothing is measured, nothing is run.
+    """
+    from engines.advice import preflight
+    from engines.drawing import Drawing
+    from engines.report import lines_of, values_of
+    from engines.setting import resolve_setting
+
+    console = _console(json, quiet)
+    setting = resolve_setting(model, target, precision, memory, text_encoder)
+    made = preflight(setting, Drawing.of(setting.spec, width, height, batch, num_references, steps))
+    if json:
+        console.object(values_of(made))
+        return
+    for line in lines_of(made):
+        console.line(line)
+
+
 def _split(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(","))
 
