@@ -2,8 +2,8 @@
 
 That decoder takes the blue-difference channel (U) in 8 bits, halves it by a Haar transform, and cuts the result into
 blocks of 4x4, which are 8x8 pixels. Block n carries bit n modulo the length of the message: the largest of its
-coefficients, the first excepted, lies in the upper half of an interval of 36 for a one and in the lower half for a zero.
-All blocks of a bit vote (imwatermark `maxDct.py`, `scales` 0, 36, 36: the third channel is never used).
+coefficients, the first excepted, lies in the upper half of an interval of 36 for a one, in the lower for a zero. All
+blocks of a bit vote (imwatermark `maxDct.py`, `scales` 0, 36, 36: the third channel is never used).
 
 `embed` moves the same coefficients into the middle of the same halves as that encoder, and departs from it where it
 works against itself: a coefficient stays the largest of its block, which the decoder looks for; pixels are rounded and

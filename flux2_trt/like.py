@@ -1,0 +1,53 @@
+"""Like: what to ask for, to make a picture again from what its file says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flux2_trt.bundle import file_sha256
+from flux2_trt.errors import UsageError
+from flux2_trt.options import RunOptions, options_from_texts
+from flux2_trt.provenance import Parameters, Reference
+
+
+def options_like(made: Parameters, options: RunOptions) -> RunOptions:
+    """`options` with what they leave open taken from `made`, its references excepted.
+
+    Another model, or a bundle that was asked for, keeps its own steps, sigmas and guidance. Raises UsageError for
+    values that no option allows.
+    """
+    texts = {"prompt": made.prompt, "seed": str(made.seed), "watermark": made.watermark or "off"}
+    if options.bundle is None:
+        texts["model"] = made.model
+    if options.match_image is None:
+        texts |= {"width": str(made.width), "height": str(made.height)}
+    if options.bundle is None and options.model in (None, made.model):
+        texts["guidance"] = repr(made.guidance_scale)
+        if made.sigmas is not None and options.steps is None:
+            texts["sigmas"] = ",".join(map(repr, made.sigmas))
+        elif options.sigmas is None:
+            texts["steps"] = str(made.num_inference_steps)
+    taken = {name: text for name, text in texts.items() if getattr(options, name) is None}
+    checked = options_from_texts(taken)  # a file may say anything
+    values: dict[str, Any] = {name: getattr(checked, name) for name in taken}
+    return replace(options, **values)
+
+
+def find_references(references: Sequence[Reference], folders: Sequence[Path]) -> tuple[Path, ...]:
+    """The files of `references`, by name and content, each from the first folder that has it. Raises UsageError."""
+    return tuple(_find(reference, folders) for reference in references)
+
+
+def _find(reference: Reference, folders: Sequence[Path]) -> Path:
+    name = Path(reference.name).name  # a file from elsewhere may say anything
+    for folder in folders:
+        path = folder / name
+        if name and "\0" not in name and path.is_file() and file_sha256(path) == reference.sha256:
+            return path
+    raise UsageError(
+        f"the reference {reference.name!r} (SHA-256 {reference.sha256[:12]}…) is neither beside the picture nor in "
+        "this folder; give every reference with --image, in order"
+    )
