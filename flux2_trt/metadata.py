@@ -19,6 +19,7 @@ from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
 from flux2_trt.errors import UsageError
+from flux2_trt.exif import exif_block
 from flux2_trt.images import FORMATS, one_line
 from flux2_trt.options import MetadataLevel
 from flux2_trt.provenance import Parameters
@@ -31,7 +32,7 @@ OWN_MODELS = ("tiny",)  # which nobody else made
 # flux2 `cli.py`
 QUALITY = 95
 FULL_COLOR = 0  # Pillow's name for chroma that is not subsampled
-EXIF_LIMIT_BYTES = 65533 - len(b"Exif\0\0")  # of a JPEG segment
+EXIF_LIMIT_BYTES = 65533  # of a JPEG segment
 _UNICODE = b"UNICODE\0"
 _MAKER_NOTE = JSON_KEY.encode() + b"\0"
 
@@ -130,7 +131,7 @@ def _png_chunks(parameters: Parameters, level: MetadataLevel) -> dict[str, objec
     if level == "full":
         chunks.add_itxt(TEXT_KEY, _readable(parameters))
         chunks.add_itxt(JSON_KEY, parameters.to_json())
-    return {"pnginfo": chunks, "exif": _exif(parameters).tobytes()}
+    return {"pnginfo": chunks, "exif": _exif(parameters)}
 
 
 def _fitting_exif(format: str, parameters: Parameters, level: MetadataLevel) -> tuple[bytes | None, str | None]:
@@ -138,30 +139,27 @@ def _fitting_exif(format: str, parameters: Parameters, level: MetadataLevel) -> 
     if level == "none":
         return None, None
     if level == "minimal":
-        return _exif(parameters).tobytes(), None
-    whole = _exif(parameters, text=True, json=True).tobytes()
+        return _exif(parameters), None
+    whole = _exif(parameters, text=True, json=True)
     if format != "JPEG" or len(whole) <= EXIF_LIMIT_BYTES:
         return whole, None
-    lossless = _exif(parameters, json=True).tobytes()
+    lossless = _exif(parameters, json=True)
     if len(lossless) <= EXIF_LIMIT_BYTES:
         return lossless, "a JPEG file is too small for the prompt in the form that other programs read"
-    return _exif(
-        parameters
-    ).tobytes(), "a JPEG file is too small for the prompt: write a PNG to be able to make it again"
+    too_small = "a JPEG file is too small for the prompt: write a PNG to be able to make it again"
+    return _exif(parameters), too_small
 
 
-def _exif(parameters: Parameters, text: bool = False, json: bool = False) -> Image.Exif:
-    exif = Image.Exif()
-    exif.endian = ">"  # of UserComment too, for which readers expect either this or the file's
-    exif[Base.Software] = f"{SOFTWARE};flux2-trt {parameters.version}"
+def _exif(parameters: Parameters, text: bool = False, json: bool = False) -> bytes:
+    texts = {Base.Software.value: f"{SOFTWARE};flux2-trt {parameters.version}"}
     if parameters.model not in OWN_MODELS:
-        exif[Base.Make] = MAKER
-    details = exif.get_ifd(IFD.Exif)
+        texts[Base.Make.value] = MAKER
+    details: dict[int, bytes] = {}
     if text:
         details[Base.UserComment] = _UNICODE + _readable(parameters).encode("utf-16-be")
     if json:
         details[Base.MakerNote] = _MAKER_NOTE + parameters.to_json().encode("ascii")
-    return exif
+    return exif_block(texts, details)
 
 
 def _comment_text(comment: bytes) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
@@ -62,15 +63,19 @@ class Parameters:
     @staticmethod
     def from_json(text: str) -> Parameters:
         """Raises ValueError, TypeError or OverflowError where a key is missing or unknown, a value of another type."""
-        values: dict[str, Any] = dict(json.loads(text, parse_constant=_no_number))
+        values: dict[str, Any] = dict(json.loads(text, parse_float=_finite, parse_constant=_finite))
+        if not isinstance(values.get("watermark"), str | None):
+            raise TypeError("watermark is no text")
         if values.get("sigmas") is not None:
             values["sigmas"] = tuple(float(sigma) for sigma in values["sigmas"])
         values["references"] = tuple(_checked(Reference, reference) for reference in values.get("references", ()))
         return _checked(Parameters, values)
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def _checked(cls: type, values: dict[str, Any]) -> Any:
