@@ -256,9 +256,9 @@ def _algorithm(certificates: str, key: str, certificate_name: str, key_name: str
         return "ed25519"
     if isinstance(private, rsa.RSAPrivateKey):
         return "ps256"
-    sizes = {256: "es256", 384: "es384", 521: "es512"}
-    if isinstance(private, ec.EllipticCurvePrivateKey) and private.key_size in sizes:
-        return sizes[private.key_size]
+    curves = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
+    if isinstance(private, ec.EllipticCurvePrivateKey) and private.curve.name in curves:
+        return curves[private.curve.name]
     raise UsageError(f"{key_name} is of a kind that C2PA does not sign with; take EC P-256, Ed25519 or RSA")
 
 
