@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,8 @@ def inspect_file(path: Path, message: tuple[int, ...] | None = None, anchors: st
     """
     name, data = repr(str(path)), _bytes(path)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # of damaged EXIF, Pillow warns and goes on
             format, (width, height) = image.format or "?", image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,9 @@ def _find(reference: Reference, folders: Sequence[Path]) -> Path:
     name = Path(reference.name).name  # a file from elsewhere may say anything
     for folder in folders:
         path = folder / name
-        if name and "\0" not in name and path.is_file() and file_sha256(path) == reference.sha256:
-            return path
+        with suppress(OSError):  # a file that cannot be read is not the one
+            if os.path.isfile(path) and file_sha256(path) == reference.sha256:
+                return path
     raise UsageError(
         f"the reference {reference.name!r} (SHA-256 {reference.sha256[:12]}…) is neither beside the picture nor in "
         "this folder; give every reference with --image, in order"
