@@ -81,15 +81,16 @@ def inspect_file(path: Path, message: tuple[int, ...] | None = None, anchors: st
     """
     name, data = repr(str(path)), _bytes(path)
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF, Pillow warns and goes on
-            format, (width, height) = image.format or "?", image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(
-                    f"{name} is {width}x{height} pixels; at most {MAX_PIXELS / 1e6:.0f} megapixels are read"
-                )
-            metadata = read_metadata(image)
-            pixels = np.asarray(image.convert("RGB"))
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                format, (width, height) = image.format or "?", image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(
+                        f"{name} is {width}x{height} pixels; at most {MAX_PIXELS / 1e6:.0f} megapixels are read"
+                    )
+                metadata = read_metadata(image)
+                pixels = np.asarray(image.convert("RGB"))
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
