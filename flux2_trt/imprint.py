@@ -15,8 +15,9 @@ from PIL import Image
 
 from flux2_trt import watermark
 from flux2_trt.credentials import Ingredient, Signer, sign
-from flux2_trt.metadata import encode
-from flux2_trt.options import MetadataLevel
+from flux2_trt.metadata import check_quality, encode
+from flux2_trt.options import MetadataLevel, RunOptions
+from flux2_trt.outputs import FORMATS
 from flux2_trt.provenance import Parameters
 
 
@@ -28,6 +29,22 @@ class Imprint:
     watermark: tuple[int, ...] | None = None
     quality: int | None = None
     signer: Signer | None = None
+
+    @staticmethod
+    def from_options(options: RunOptions, marked: bool) -> Imprint:
+        """What was asked for; `marked`: whether there is a watermark where nothing was said of it.
+
+        Raises UsageError for a quality without a use, Flux2Error for a signer that cannot sign.
+        """
+        into_folder = options.output is None or options.output.is_dir()
+        suffix = ".png" if into_folder or options.output is None else options.output.suffix.lower()
+        if suffix in FORMATS:  # for another one, there will be no name
+            check_quality(FORMATS[suffix], options.quality)
+        choice = options.watermark or ("on" if marked else "off")
+        messages = {"on": watermark.MESSAGE, "off": None}
+        message = messages[choice] if choice in messages else watermark.parse_message(choice)
+        signer = Signer.from_options(options.c2pa_cert, options.c2pa_key)
+        return Imprint(options.metadata, message, options.quality, signer)
 
 
 @dataclass(frozen=True)

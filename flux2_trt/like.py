@@ -13,6 +13,25 @@ from flux2_trt.bundle import file_sha256
 from flux2_trt.errors import UsageError
 from flux2_trt.options import RunOptions, options_from_texts
 from flux2_trt.provenance import Parameters, Reference
+from flux2_trt.runtime.engine import RUNNABLE_TARGET
+from flux2_trt.store import Store
+
+
+def made_again(made: Parameters, options: RunOptions) -> RunOptions:
+    """`options` with all that they leave open taken from what the picture `options.like` says.
+
+    The bundle that made it is asked for if it is here; references are looked for beside it, and in this folder. Raises
+    UsageError where one is missing, or for a value that no option allows.
+    """
+    assert options.like is not None
+    if made.references and not options.image:
+        options = replace(options, image=find_references(made.references, (options.like.parent, Path())))
+    found = options_like(made, options)
+    if options.model is None and options.bundle is None:
+        for bundle in Store().list():
+            if bundle.ok and bundle.key == made.model_key and bundle.target == RUNNABLE_TARGET:
+                return replace(found, model=None, bundle=bundle.path)
+    return found
 
 
 def options_like(made: Parameters, options: RunOptions) -> RunOptions:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux2_trt.console import Console
-from flux2_trt.credentials import Ingredient, Signer
+from flux2_trt.credentials import Ingredient
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
 from flux2_trt.options import DEFAULT_MODEL, RunOptions
 from flux2_trt.outputs import format_of, reserved_names, write_file
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from flux2_trt.imprint import Imprint
     from flux2_trt.pipeline import Flux2Pipeline, Output
-    from flux2_trt.provenance import Parameters
 
 TINY = "tiny"
 SEED_BITS = 32
@@ -65,10 +64,14 @@ class Runner:
 
         Raises Flux2Error. Nothing is left behind where it fails but the pictures that were finished.
         """
+        from flux2_trt.imprint import Imprint
+        from flux2_trt.like import made_again
+        from flux2_trt.metadata import read_parameters
+
         # 1. What was asked, and of which model: nothing is loaded yet
-        made = None
-        if options.like is not None:
-            made, options = _like(options)
+        made = None if options.like is None else read_parameters(options.like)
+        if made is not None:
+            options = made_again(made, options)
         if options.prompt is None or not options.prompt.strip():
             wrong = "there is no prompt" if options.prompt is None else "the prompt is empty"
             raise UsageError(f'{wrong}; give one, for example: flux2-trt run "a red cube"')
@@ -76,7 +79,7 @@ class Runner:
         folder, spec = self._locate(options)
         references, hashes = _load_references(options)
         options = _checked(options, spec, references)
-        wanted = _imprint(options, spec)
+        wanted = Imprint.from_options(options, marked=spec.name != TINY)
         ingredients = [Ingredient.from_file(path) for path in options.image] if wanted.signer else []
 
         # 2. The names of the pictures, then the model
@@ -296,39 +299,6 @@ def _building(console: Console) -> Iterator[None]:
         raise Flux2Error(
             f"building needs the package {error.name!r}, which is not installed; pip install torch onnx onnxscript"
         ) from error
-
-
-def _like(options: RunOptions) -> tuple[Parameters, RunOptions]:
-    """What the picture to be made again says, and the options with it; the bundle that made it, if it is here."""
-    from flux2_trt.like import find_references, options_like
-    from flux2_trt.metadata import read_parameters
-    from flux2_trt.runtime.engine import RUNNABLE_TARGET
-    from flux2_trt.store import Store
-
-    assert options.like is not None
-    made = read_parameters(options.like)
-    if made.references and not options.image:
-        options = replace(options, image=find_references(made.references, (options.like.parent, Path())))
-    if options.model is None and options.bundle is None:
-        for bundle in Store().list():
-            if bundle.ok and bundle.key == made.model_key and bundle.target == RUNNABLE_TARGET:
-                filled = options_like(made, replace(options, model=made.model))
-                return made, replace(filled, model=None, bundle=bundle.path)
-    return made, options_like(made, options)
-
-
-def _imprint(options: RunOptions, spec: ModelSpec) -> Imprint:
-    """How the pictures are to say where they come from. Raises Flux2Error for a signer that cannot sign."""
-    from flux2_trt.imprint import Imprint
-    from flux2_trt.metadata import check_quality
-    from flux2_trt.watermark import MESSAGE, parse_message
-
-    is_file = options.output is not None and not options.output.is_dir()
-    check_quality(format_of(options.output) if is_file and options.output else "PNG", options.quality)
-    choice = options.watermark or ("off" if spec.name == TINY else "on")
-    message = {"on": MESSAGE, "off": None}[choice] if choice in ("on", "off") else parse_message(choice)
-    signer = Signer.from_options(options.c2pa_cert, options.c2pa_key)
-    return Imprint(options.metadata, message, options.quality, signer)
 
 
 def _load_references(options: RunOptions) -> tuple[list[Image.Image], list[str]]:
