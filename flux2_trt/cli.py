@@ -270,7 +270,8 @@ def inspect_pictures(
         except ImageError as error:
             problems.append(str(error))
             pictures.append({"file": str(file), "problem": str(error)})
-            console.warn(str(error))
+            if not json:
+                console.error(str(error), error.exit_code)
         else:
             pictures.append({**finding.to_dict(), "problem": None})
             for line in finding.lines():

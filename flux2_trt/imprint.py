@@ -84,10 +84,9 @@ def imprint(
     if message is not None:
         bits = watermark.read(_decoded(data), len(message)).matches(message)
         if bits < len(message):
-            lost = (
-                "the picture is too flat" if format == "PNG" else f"{format} or the picture's flatness costs the rest"
-            )
-            problems.append(f"of the watermark, {bits} of {len(message)} bits can be read: {lost}")
+            whole = watermark.read(image, len(message)).matches(message) == len(message)
+            reason = f"{format} of this quality loses the rest" if whole else "the picture is too flat for the rest"
+            problems.append(f"of the watermark, {bits} of {len(message)} bits can be read: {reason}")
     if wanted.signer is not None:
         titled = [replace(each, title=_title(each, i, wanted.metadata)) for i, each in enumerate(ingredients, start=1)]
         data = sign(data, format, parameters.version, titled, wanted.signer)

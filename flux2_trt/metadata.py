@@ -26,6 +26,7 @@ from flux2_trt.provenance import Parameters
 
 TEXT_KEY = "parameters"
 JSON_KEY = "flux2-trt"
+SOFTWARE_KEY = "Software"  # which the PNG specification names; exiftool 12 loses EXIF's where a file is signed
 SOFTWARE = "AI generated;flux2"
 MAKER = "Black Forest Labs"
 OWN_MODELS = ("tiny",)  # which nobody else made
@@ -128,6 +129,7 @@ def _png_chunks(parameters: Parameters, level: MetadataLevel) -> dict[str, objec
     if level == "none":
         return {}
     chunks = PngInfo()
+    chunks.add_text(SOFTWARE_KEY, _software(parameters))
     if level == "full":
         chunks.add_itxt(TEXT_KEY, _readable(parameters))
         chunks.add_itxt(JSON_KEY, parameters.to_json())
@@ -150,8 +152,12 @@ def _fitting_exif(format: str, parameters: Parameters, level: MetadataLevel) -> 
     return _exif(parameters), too_small
 
 
+def _software(parameters: Parameters) -> str:
+    return f"{SOFTWARE};flux2-trt {parameters.version}"
+
+
 def _exif(parameters: Parameters, text: bool = False, json: bool = False) -> bytes:
-    texts = {Base.Software.value: f"{SOFTWARE};flux2-trt {parameters.version}"}
+    texts = {Base.Software.value: _software(parameters)}
     if parameters.model not in OWN_MODELS:
         texts[Base.Make.value] = MAKER
     details: dict[int, bytes] = {}

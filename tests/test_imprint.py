@@ -73,6 +73,7 @@ def test_names_of_references_are_as_private_as_the_prompt(signer):  # noqa: F811
 def test_what_a_format_costs_the_watermark_is_said():
     file = imprint(PICTURE, "WEBP", PARAMETERS, Imprint("full", MESSAGE, 50))
     assert file.watermark_bits < 46 and f"{file.watermark_bits} of 46 bits" in file.problems[0]
+    assert "WEBP of this quality" in file.problems[0]
     assert read_watermark(pixels(file.data)).matches(MESSAGE) == file.watermark_bits
 
 

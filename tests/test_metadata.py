@@ -96,6 +96,7 @@ def test_software_and_make_are_the_references(tmp_path, format):
         for level in ("full", "minimal"):
             with Image.open(written(tmp_path, format, replace(FULL, model=model), level)) as image:
                 assert image.getexif()[305] == "AI generated;flux2;flux2-trt 0.1.0"
+                assert image.info.get("Software", image.getexif()[305]) == image.getexif()[305]
                 assert image.getexif().get(271) == read_metadata(image).make == make
 
 
@@ -109,7 +110,7 @@ def test_what_is_not_to_be_said_is_not_in_the_file(tmp_path, format):
                 assert form not in path.read_bytes()
         refused(partial(read_parameters, path), "no flux2-trt parameters")
     with Image.open(path) as image:
-        assert not dict(image.getexif()) and not {"parameters", "flux2-trt"} & set(image.info)
+        assert not dict(image.getexif()) and not {"parameters", "flux2-trt", "Software"} & set(image.info)
 
 
 @pytest.mark.parametrize("format", FORMATS)
