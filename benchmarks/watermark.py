@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import cv2
 import numpy as np
 import skimage
 import typer
@@ -129,7 +130,7 @@ def main(
     result: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
-        "packages": {n: version(n) for n in ("invisible-watermark", "numpy", "opencv-python-headless", "pillow")},
+        "packages": {n: version(n) for n in ("invisible-watermark", "numpy", "pillow")} | {"opencv": cv2.__version__},
         "survival": [survival(side) for side in SIDES],
         "cost": [cost(side, repeats) for side in (512, 1024, 2048)],
     }

@@ -135,6 +135,8 @@ def read(data: bytes, format: str, anchors: str | None = None) -> Statement | No
     try:
         import c2pa
     except ImportError as error:
+        if not are_in(data, format):
+            return None
         raise Flux2Error(f"there are content credentials; to check them, {INSTALL}") from error
     settings = {**_QUIET, "trust": {"user_anchors": anchors}} if anchors else _QUIET
     try:
@@ -146,6 +148,8 @@ def read(data: bytes, format: str, anchors: str | None = None) -> Statement | No
     except c2pa.C2paError.ManifestNotFound:
         return None
     except (c2pa.C2paError, ValueError) as error:
+        if not are_in(data, format):
+            return None
         raise Flux2Error(f"the content credentials cannot be read: {_said(error)}") from error
 
 

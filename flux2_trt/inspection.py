@@ -155,8 +155,6 @@ def _watermark(
 
 
 def _credentials(data: bytes, format: str, anchors: str | None) -> tuple[Statement | None, str | None]:
-    if not credentials.are_in(data, format):
-        return None, None
     try:
         return credentials.read(data, format, anchors), None
     except Flux2Error as error:
