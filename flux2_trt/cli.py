@@ -265,17 +265,76 @@ def run(
 
     console = _console(json, quiet)
     runner = Runner(console, overwrite)
-    if options.prompt is None and not json and sys.stdin.isatty():
+    if options.prompt is None and options.like is None and not json and sys.stdin.isatty():
         from flux2_trt.session import Session
 
         console.note("type what to draw, or help")
         warn = functools.partial(print, file=sys.stderr, flush=True)
         Session(runner, options, _read_line, console.line, warn, console.line).loop()
         return
-    if options.prompt is None:
+    if options.prompt is None and options.like is None:
         raise UsageError('there is no prompt; give one: flux2-trt run "a red cube", or start it on a terminal')
     report = runner.run(options, on_written=console.line)
     console.object(asdict(report))
+
+
+@app.command("inspect")
+def inspect_pictures(
+    files: Annotated[list[Path], typer.Argument(help="PNG, JPEG or WEBP files.")],
+    watermark: Annotated[str | None, typer.Option(help="Bits to look for (default: those it was made with).")] = None,
+    trust: Annotated[Path | None, typer.Option(help="PEM certificates to trust as signers.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what pictures say of themselves: parameters, watermark, credentials.
+
+    Exits with 2 where one of the files is no picture.
+    """
+    from flux2_trt.credentials import read_pem
+    from flux2_trt.errors import ImageError
+    from flux2_trt.inspection import inspect_file
+    from flux2_trt.watermark import parse_message
+
+    console = _console(json, quiet)
+    message = None if watermark is None else parse_message(watermark)
+    anchors = None if trust is None else read_pem(trust)
+    pictures: list[dict[str, Any]] = []
+    problems = []
+    for file in files:
+        try:
+            finding = inspect_file(file, message, anchors)
+        except ImageError as error:
+            problems.append(str(error))
+            pictures.append({"file": str(file), "problem": str(error)})
+            if not json:
+                console.error(str(error), error.exit_code)
+        else:
+            pictures.append({**finding.to_dict(), "problem": None})
+            for line in finding.lines():
+                console.line(line)
+    failure = {"error": f"{len(problems)} of {len(files)} files are no pictures", "exit_code": 2} if problems else {}
+    console.object({"pictures": pictures, **failure})
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command("dev-certificate")
+def dev_certificate(
+    folder: Annotated[Path, typer.Argument(help="Where to write its three files.")] = Path(),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a certificate for trying out content credentials, which nobody trusts.
+
+    Prints the paths of the certificate, its key, and the root to trust.
+    """
+    from flux2_trt.certificate import write_development_certificate
+
+    console, files = _console(json, quiet), write_development_certificate(folder)
+    for path in (files.certificate, files.key, files.root):
+        console.line(path)
+    console.note("for development only: readers show an unknown signer")
+    console.object(asdict(files))
 
 
 def _read_line(prompt: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from flux2_trt.errors import UsageError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny"
 SHOWN_CHARACTERS = 60  # of a value that is refused
+MetadataLevel = Literal["full", "minimal", "none"]
 PIXELS = "a whole number of pixels, for example 256"
 
 
@@ -88,6 +89,26 @@ def _sigmas(text: str) -> tuple[float, ...]:
     levels = tuple(_number(level) for level in text.split(","))
     sigmas(len(levels), num_tokens=1, custom=levels)
     return levels
+
+
+def _quality(text: str) -> int:
+    if not 1 <= (value := _whole(text)) <= 100:
+        raise ValueError(text)
+    return value
+
+
+def _metadata(text: str) -> str:
+    if text not in get_args(MetadataLevel):
+        raise ValueError(text)
+    return text
+
+
+def _watermark(text: str) -> str:
+    if text not in ("on", "off"):
+        from flux2_trt.watermark import parse_message
+
+        parse_message(text)
+    return text
 
 
 def _seed(text: str) -> int:
@@ -170,11 +191,40 @@ class RunOptions:
     output: Path | None = field(
         default=None,
         metadata=_option(
-            "A .png name, or a folder (default: a free name in this folder).",
-            "a .png name or a folder",
+            "A .png, .jpg or .webp name, or a folder (default: a free name in this folder).",
+            "the name of a .png, .jpg or .webp file, or a folder",
             _path,
             short="-o",
         ),
+    )
+    quality: int | None = field(
+        default=None,
+        metadata=_option(
+            "Quality of a JPEG (default: 95) or WebP (default: lossless).", "a whole number from 1 to 100", _quality
+        ),
+    )
+    metadata: MetadataLevel = field(
+        default="full",
+        metadata=_option(
+            "What the file says: full, minimal (that it is generated), or none.", "full, minimal or none", _metadata
+        ),
+    )
+    watermark: str | None = field(
+        default=None,
+        metadata=_option(
+            f"on, off, or the bits to embed (default: on, for {DEFAULT_MODEL} off).", "on, off, or bits", _watermark
+        ),
+    )
+    c2pa_cert: Path | None = field(
+        default=None,
+        metadata=_option("Sign content credentials with this certificate chain.", "a PEM file", _path),
+    )
+    c2pa_key: Path | None = field(
+        default=None, metadata=_option("The private key of that certificate.", "a PEM file", _path)
+    )
+    like: Path | None = field(
+        default=None,
+        metadata=_option("Make this picture again; other options change it.", "a picture that flux2-trt wrote", _path),
     )
 
 

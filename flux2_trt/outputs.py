@@ -1,9 +1,11 @@
-"""Outputs: the names of pictures, taken before the work on them begins."""
+"""Outputs: the names of pictures, taken before the work on them begins, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,23 +14,79 @@ from pathlib import Path
 from flux2_trt.errors import Flux2Error, UsageError
 
 STEM = "flux2"
+# What Pillow calls the format of each kind of file that is written.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def format_of(path: Path) -> str:
+    """PNG, JPEG or WEBP, by the suffix. Raises UsageError for another one."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        known = ", ".join(FORMATS)
+        raise UsageError(f"{str(path)!r} has none of the suffixes {known}; use {path.stem + '.png'!r}") from None
+
+
+def write_file(path: str | Path, data: bytes, overwrite: bool = False, mode: int = 0o666) -> None:
+    """The whole file appears at once, or none of it; `mode` are its permissions, less the umask.
+
+    Raises UsageError where the file exists and `overwrite` is not set (also when it appears meanwhile), Flux2Error
+    where the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.parent / f".flux2-trt-{secrets.token_hex(8)}.tmp"
+    try:
+        try:
+            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                os.replace(temporary, path)
+            else:
+                _publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except FileExistsError:
+        free = next(name for name in _alternatives(path.parent, path.stem, path.suffix) if not os.path.lexists(name))
+        raise UsageError(f"{str(path)!r} exists and is kept; write to {str(free)!r}, or allow overwriting") from None
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+
+
+def next_free_name(folder: str | Path, stem: str) -> Path:
+    """Reserves `stem`-0001.png or the next free number in `folder`: the name is the caller's, as an empty file.
+
+    The file is created exclusively, so two runs never get the same name. Write it with `write_file(overwrite=True)`,
+    or remove it if no picture comes. Raises Flux2Error where the folder cannot be written.
+    """
+    if Path(stem).name != stem:
+        raise UsageError(f"the file name {stem!r} names a folder; give a name without slashes")
+    names = _alternatives(Path(folder), stem, ".png")
+    while True:
+        path = next(names)
+        try:
+            path.open("xb").close()
+            return path
+        except FileExistsError:
+            continue
+        except (OSError, ValueError) as error:
+            raise _unwritable(path, error) from error
 
 
 @contextmanager
 def reserved_names(output: Path | None, count: int, overwrite: bool = False) -> Iterator[list[Path]]:
-    """`count` names that are ours until the end of the block: write them with `write_png(overwrite=True)`.
+    """`count` names that are ours until the end of the block: write them with `write_file(overwrite=True)`.
 
-    `output`: a folder (None is the current one), where free names are chosen; or a .png name, which becomes
-    `name-0001.png` and so on for several pictures. New names are held as empty files, removed if no picture came.
+    `output`: a folder (None is the current one), where free names are chosen; or the name of a picture, which becomes
+    `name-0001.png` and so on for several. New names are held as empty files, removed if no picture came.
 
-    Raises UsageError for a name that exists (unless `overwrite`) or does not end in .png, Flux2Error for a folder that
-    cannot be written.
+    Raises UsageError for a name that exists (unless `overwrite`) or has no suffix of a picture, Flux2Error for a folder
+    that cannot be written.
     """
     with ExitStack() as reservations:
         names: list[Path] = []
         if output is None or output.is_dir():
-            from flux2_trt.provenance import next_free_name
-
             for _ in range(count):
                 names.append(next_free_name(output or Path(), STEM))
                 reservations.callback(_remove_empty, names[-1])
@@ -44,11 +102,11 @@ def reserved_names(output: Path | None, count: int, overwrite: bool = False) -> 
 
 def _checked(output: Path) -> Path:
     shown = repr(str(output))
-    if output.suffix.lower() != ".png":
+    if output.suffix.lower() not in FORMATS:
         folder = "does not exist" if not os.path.lexists(output) else "is a file"
         raise UsageError(
-            f"the output {shown} is neither a folder ({folder}) nor a .png name; give for example "
-            f"{str(output.with_suffix('.png'))!r}, or make the folder first"
+            f"the output {shown} is neither a folder ({folder}) nor the name of a picture ({', '.join(FORMATS)}); give "
+            f"for example {str(output.with_suffix('.png'))!r}, or make the folder first"
         )
     if not output.parent.is_dir():
         raise Flux2Error(f"the folder {str(output.parent)!r} does not exist; make it first, or choose another name")
@@ -86,6 +144,26 @@ def _remove_empty(name: Path) -> None:
         name.unlink()
 
 
-def _unwritable(name: Path, error: OSError | ValueError) -> Flux2Error:
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    return Flux2Error(f"{str(name)!r} cannot be written: {reason}; choose a folder that exists and can be written")
+def _alternatives(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    return (folder / f"{stem}-{number:04d}{suffix}" for number in itertools.count(1))
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: reserve the name, then move over the reservation
+        path.open("xb").close()
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> Flux2Error:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "free some space" if full else "choose another name, or a folder that exists and can be written"
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return Flux2Error(f"{str(path)!r} cannot be written: {reason}; {advice}")

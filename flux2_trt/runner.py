@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux2_trt.console import Console
+from flux2_trt.credentials import Ingredient
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
 from flux2_trt.options import DEFAULT_MODEL, RunOptions
-from flux2_trt.outputs import reserved_names
+from flux2_trt.outputs import format_of, reserved_names, write_file
 from flux2_trt.spec import ModelSpec
 from flux2_trt.version import own_version
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from flux2_trt.imprint import Imprint
     from flux2_trt.pipeline import Flux2Pipeline, Output
     from flux2_trt.runtime.engine import Backend
 
@@ -29,7 +31,10 @@ BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "engines", "export")
 
 @dataclass(frozen=True)
 class RunReport:
-    """What came of one request; `images` are paths, `seeds` each picture's own, `timings` seconds by stage."""
+    """What came of one request; `images` are paths, `seeds` each picture's own, `timings` seconds by stage.
+
+    `watermark_bits`: how many bits are read back from each file, None where no watermark was put in.
+    """
 
     images: list[str]
     seed: int
@@ -41,6 +46,7 @@ class RunReport:
     num_inference_steps: int
     guidance_scale: float
     prompt_truncated: bool
+    watermark_bits: list[int | None]
     timings: dict[str, float]
 
 
@@ -60,7 +66,14 @@ class Runner:
 
         Raises Flux2Error. Nothing is left behind where it fails but the pictures that were finished.
         """
+        from flux2_trt.imprint import Imprint
+        from flux2_trt.like import made_again
+        from flux2_trt.metadata import read_parameters
+
         # 1. What was asked, and of which model: nothing is loaded yet
+        made = None if options.like is None else read_parameters(options.like)
+        if made is not None:
+            options = made_again(made, options)
         if options.prompt is None or not options.prompt.strip():
             wrong = "there is no prompt" if options.prompt is None else "the prompt is empty"
             raise UsageError(f'{wrong}; give one, for example: flux2-trt run "a red cube"')
@@ -68,18 +81,25 @@ class Runner:
         folder, spec = self._locate(options)
         references, hashes = _load_references(options)
         options = _checked(options, spec, references)
+        wanted = Imprint.from_options(options, marked=spec.name != TINY)
+        ingredients = [Ingredient.from_file(path) for path in options.image] if wanted.signer else []
 
         # 2. The names of the pictures, then the model
         with reserved_names(options.output, options.num_images, self._overwrite) as names:
             pipeline = self._load(folder, options.backend)
+            if made is not None and made.model_key != pipeline.bundle.manifest.key:
+                self._console.warn(
+                    f"{options.like} was made by the bundle {made.model_key[:12]!r} of {made.model!r}, this is "
+                    f"{pipeline.bundle.manifest.key[:12]!r} of {spec.name!r}: the picture can differ"
+                )
 
             # 3. Draw
             seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
             output = self._draw(pipeline, options, references, seed)
 
             # 4. Write
-            self._write(pipeline, options, output, hashes, names, on_written)
-        return self._report(pipeline, options, output, names)
+            bits = self._write(pipeline, options, output, hashes, names, on_written, wanted, ingredients)
+        return self._report(pipeline, options, output, names, bits)
 
     def _introduce(self, options: RunOptions) -> None:
         if options.model is None and options.bundle is None and not self._introduced:
@@ -169,11 +189,15 @@ class Runner:
         hashes: list[str],
         names: list[Path],
         on_written: Callable[[Path], None],
-    ) -> None:
+        wanted: Imprint,
+        ingredients: list[Ingredient],
+    ) -> list[int | None]:
         import numpy as np
 
-        from flux2_trt.provenance import Parameters, Reference, write_png
+        from flux2_trt.imprint import imprint
+        from flux2_trt.provenance import Parameters, Reference
 
+        bits: list[int | None] = []
         assert options.prompt is not None
         references = tuple(Reference(path.name, sha256) for path, sha256 in zip(options.image, hashes, strict=True))
         for index, (name, image) in enumerate(zip(names, output.images, strict=True)):
@@ -191,10 +215,22 @@ class Runner:
                 references=references,
                 image_index=index,
             )
-            write_png(name, np.asarray(image), parameters, overwrite=True)  # the name is ours
+            file = imprint(np.asarray(image), format_of(name), parameters, wanted, ingredients)
+            write_file(name, file.data, overwrite=True)  # the name is ours
+            bits.append(file.watermark_bits)
+            for problem in file.problems:
+                self._console.warn(f"{name}: {problem}")
             on_written(name)
+        return bits
 
-    def _report(self, pipeline: Flux2Pipeline, options: RunOptions, output: Output, names: list[Path]) -> RunReport:
+    def _report(
+        self,
+        pipeline: Flux2Pipeline,
+        options: RunOptions,
+        output: Output,
+        names: list[Path],
+        watermark_bits: list[int | None],
+    ) -> RunReport:
         truncated = any(output.truncated)
         if truncated:
             limit = f" ({pipeline.spec.prompt.max_length} tokens)" if pipeline.spec.prompt else ""
@@ -215,6 +251,7 @@ class Runner:
             num_inference_steps=output.num_inference_steps,
             guidance_scale=output.guidance_scale,
             prompt_truncated=truncated,
+            watermark_bits=watermark_bits,
             timings=dict(output.timings),
         )
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 from flux2_trt.bundle import Bundle, ComponentRecord, content_key
 from flux2_trt.cli import app
 from flux2_trt.errors import CheckpointError
+from flux2_trt.metadata import read_parameters
 from flux2_trt.models import published_spec
-from flux2_trt.provenance import read_parameters
 from flux2_trt.store import Store
 
 COMMAND = [sys.executable, "-m", "flux2_trt.cli"]
@@ -240,7 +240,17 @@ def test_quiet_leaves_stderr_to_warnings(bench):
         ["--backend", "onnx"],
         ["--model", "colour"],
         ["--model", "tiny", "--bundle", "."],
-        ["-o", "picture.jpg"],
+        ["-o", "picture.gif"],
+        ["--quality", "0", "-o", "picture.jpg"],
+        ["--quality", "101", "-o", "picture.jpg"],
+        ["--quality", "90"],
+        ["--quality", "90", "-o", "picture.png"],
+        ["--metadata", "some"],
+        ["--watermark", "yes"],
+        ["--watermark", "0120"],
+        ["--c2pa-cert", "missing.pem", "--c2pa-key", "missing.pem"],
+        ["--c2pa-cert", "missing.pem"],
+        ["--like", "missing.png"],
         ["-o", "folder/"],
         ["--colour", "red"],
     ],
@@ -337,6 +347,117 @@ def test_guidance_of_a_distilled_model_is_refused(bench):
     publish("klein-4b")
     result = flux2("run", "a cube", "--model", "klein-4b", "--guidance", "3")
     assert result.exit_code == 2 and "distilled" in result.stderr and not bench.loads
+
+
+# where pictures say that they come from
+
+
+def test_formats_qualities_and_what_a_file_says(bench):
+    publish()
+    for name in ("a.jpg", "a.webp", "b.JPEG"):
+        assert flux2("run", "a cube", "-o", name, "--seed", "1").stdout == f"{name}\n"
+        with Image.open(name) as image:
+            assert image.format == ("WEBP" if name == "a.webp" else "JPEG")
+        assert read_parameters(name).prompt == "a cube"
+    flux2("run", "a cube", "-o", "small.jpg", "--quality", "10", "--metadata", "none")
+    assert Path("small.jpg").stat().st_size < Path("a.jpg").stat().st_size
+    result = flux2("run", "--like", "small.jpg")
+    assert result.exit_code == 2 and "no flux2-trt parameters" in result.stderr
+    assert flux2("run", "a cube", "-o", "c.webp", "--num-images", "2").stdout == "c-0001.webp\nc-0002.webp\n"
+
+
+def test_the_watermark_is_on_for_real_models_and_off_for_tiny(bench):
+    publish()
+    publish("klein-4b")
+    assert the_object(flux2("run", "a cube", "--json"))["watermark_bits"] == [None]
+    assert read_parameters("flux2-0001.png").watermark is None
+    report = the_object(flux2("run", "a cube", "--json", "--model", "klein-4b"))
+    assert report["watermark_bits"] == [46] and len(read_parameters("flux2-0002.png").watermark) == 46
+    report = the_object(flux2("run", "a cube", "--json", "--model", "klein-4b", "--watermark", "off"))
+    assert report["watermark_bits"] == [None]
+    report = the_object(flux2("run", "a cube", "--json", "--watermark", "0110100101"))
+    assert report["watermark_bits"] == [10] and read_parameters("flux2-0004.png").watermark == "0110100101"
+
+
+def test_a_picture_too_small_for_the_watermark_is_written_and_that_is_said(bench):
+    publish()
+    result = flux2("run", "a cube", "--watermark", "on", "--width", "128", "--height", "128")
+    assert (result.exit_code, result.stdout) == (0, "flux2-0001.png\n")
+    assert "warning: flux2-0001.png: no watermark: the picture has 128x128 pixels" in result.stderr
+
+
+def test_like_asks_for_what_the_picture_says_and_flags_change_it(bench):
+    folder = publish()
+    path = reference("cube.png", 256, 128)
+    flux2("run", "a red cube", "--image", str(path), "--seed", "7", "--num-images", "2", "--sigmas", "1,0.5")
+    bench.calls.clear()
+    assert flux2("run", "--like", "flux2-0002.png", "-o", "again.png").exit_code == 0
+    assert flux2("run", "a ball", "--like", "flux2-0002.png", "--steps", "3").exit_code == 0
+    again, other = bench.calls
+    assert (again["prompt"], again["seed"], again["sigmas"], len(again["image"])) == ("a red cube", 8, (1.0, 0.5), 1)
+    assert (again["width"], again["height"], again["guidance_scale"]) == (256, 256, 1.0)
+    assert (other["prompt"], other["num_inference_steps"], other["sigmas"]) == ("a ball", 3, None)
+    assert {Path(load) for load in bench.loads} == {folder}
+    path.unlink()
+    result = flux2("run", "--like", "flux2-0002.png")
+    assert result.exit_code == 2 and "'cube.png'" in result.stderr and "--image" in result.stderr
+
+
+def test_like_takes_the_bundle_that_made_the_picture_and_says_where_it_is_gone(bench):
+    old = publish()
+    flux2("run", "a cube", "--seed", "1")
+    publish(recipe="fp8")
+    result = flux2("run", "--like", "flux2-0001.png")
+    assert Path(bench.loads[-1]) == old and "can differ" not in result.stderr
+    Store().remove(old)
+    result = flux2("run", "--like", "flux2-0001.png")
+    assert result.exit_code == 0 and "the picture can differ" in result.stderr
+    result = flux2("run", "--like", "flux2-0001.png", "--model", "dev")
+    assert result.exit_code == 3 and "flux2-trt build dev" in result.stderr
+
+
+def test_like_in_the_session_needs_no_prompt(bench, terminal):
+    publish()
+    flux2("run", "a cube", "--seed", "5")
+    result = flux2("run", typed="like=flux2-0001.png\nrun\nquit\n")
+    assert result.stdout == "flux2-0002.png\n" and bench.calls[-1]["seed"] == 5
+
+
+def test_signed_pictures_are_inspected(bench):
+    publish("klein-4b")
+    files = the_object(flux2("dev-certificate", "--json"))
+    signing = ["--c2pa-cert", files["certificate"], "--c2pa-key", files["key"]]
+    path = reference("cube.png", 256, 256)
+    assert flux2("run", "a cube", "--model", "klein-4b", "--image", str(path), *signing).exit_code == 0
+    [found] = the_object(flux2("inspect", "flux2-0001.png", "--trust", files["root"], "--json"))["pictures"]
+    assert found["parameters"]["prompt"] == "a cube" and found["watermark"]["matches"] == 46
+    assert found["credentials"]["state"] == "Trusted" and found["credentials"]["ingredients"] == ["cube.png"]
+    text = flux2("inspect", "flux2-0001.png").stdout
+    assert "46 of 46 bits" in text and "nothing here vouches for" in text and "compositeWith" in text
+    assert flux2("dev-certificate").exit_code == 2
+
+
+def test_a_picture_that_cannot_be_signed_leaves_nothing(bench, monkeypatch):
+    publish()
+    files = the_object(flux2("dev-certificate", "--json"))
+    before = sorted(Path().iterdir())
+    monkeypatch.setattr("flux2_trt.credentials.MIME", {"PNG": "image/heic"})
+    result = flux2("run", "a cube", "--c2pa-cert", files["certificate"], "--c2pa-key", files["key"])
+    assert (result.exit_code, result.stdout) == (1, "") and "could not be signed" in result.stderr
+    assert sorted(Path().iterdir()) == before
+
+
+def test_what_is_no_picture_does_not_hide_the_others(bench):
+    reference("cube.png", 256, 256)
+    Path("text.png").write_text("hello")
+    result = flux2("inspect", "text.png", "cube.png")
+    assert result.exit_code == 2 and "'text.png' is not a readable" in result.stderr
+    assert result.stdout.startswith("cube.png: PNG, 256x256\n")
+    report = the_object(flux2("inspect", "text.png", "cube.png", "--json"))
+    assert [bool(found["problem"]) for found in report["pictures"]] == [True, False] and report["exit_code"] == 2
+    for flags in (["--watermark", "2"], ["--trust", "missing.pem"], []):
+        names = ["cube.png"] if flags else []
+        assert the_object(flux2("inspect", *names, *flags, "--json"))["exit_code"] == 2
 
 
 # which bundle

@@ -1,0 +1,75 @@
+"""Like: what to ask for, to make a picture again from what its file says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flux2_trt.bundle import file_sha256
+from flux2_trt.errors import UsageError
+from flux2_trt.options import RunOptions, options_from_texts
+from flux2_trt.provenance import Parameters, Reference
+from flux2_trt.runtime.engine import RUNNABLE_TARGET
+from flux2_trt.store import Store
+
+
+def made_again(made: Parameters, options: RunOptions) -> RunOptions:
+    """`options` with all that they leave open taken from what the picture `options.like` says.
+
+    The bundle that made it is asked for if it is here; references are looked for beside it, and in this folder. Raises
+    UsageError where one is missing, or for a value that no option allows.
+    """
+    assert options.like is not None
+    if made.references and not options.image:
+        options = replace(options, image=find_references(made.references, (options.like.parent, Path())))
+    found = options_like(made, options)
+    if options.model is None and options.bundle is None:
+        for bundle in Store().list():
+            if bundle.ok and bundle.key == made.model_key and bundle.target == RUNNABLE_TARGET:
+                return replace(found, model=None, bundle=bundle.path)
+    return found
+
+
+def options_like(made: Parameters, options: RunOptions) -> RunOptions:
+    """`options` with what they leave open taken from `made`, its references excepted.
+
+    Another model, or a bundle that was asked for, keeps its own steps, sigmas and guidance. Raises UsageError for
+    values that no option allows.
+    """
+    texts = {"prompt": made.prompt, "seed": str(made.seed), "watermark": made.watermark or "off"}
+    if options.bundle is None:
+        texts["model"] = made.model
+    if options.match_image is None:
+        texts |= {"width": str(made.width), "height": str(made.height)}
+    if options.bundle is None and options.model in (None, made.model):
+        texts["guidance"] = repr(made.guidance_scale)
+        if made.sigmas is not None and options.steps is None:
+            texts["sigmas"] = ",".join(map(repr, made.sigmas))
+        elif options.sigmas is None:
+            texts["steps"] = str(made.num_inference_steps)
+    taken = {name: text for name, text in texts.items() if getattr(options, name) is None}
+    checked = options_from_texts(taken)  # a file may say anything
+    values: dict[str, Any] = {name: getattr(checked, name) for name in taken}
+    return replace(options, **values)
+
+
+def find_references(references: Sequence[Reference], folders: Sequence[Path]) -> tuple[Path, ...]:
+    """The files of `references`, by name and content, each from the first folder that has it. Raises UsageError."""
+    return tuple(_find(reference, folders) for reference in references)
+
+
+def _find(reference: Reference, folders: Sequence[Path]) -> Path:
+    name = Path(reference.name).name  # a file from elsewhere may say anything
+    for folder in folders:
+        path = folder / name
+        with suppress(OSError):  # a file that cannot be read is not the one
+            if os.path.isfile(path) and file_sha256(path) == reference.sha256:
+                return path
+    raise UsageError(
+        f"the reference {reference.name!r} (SHA-256 {reference.sha256[:12]}…) is neither beside the picture nor in "
+        "this folder; give every reference with --image, in order"
+    )
