@@ -5,32 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
-from numpy.typing import NDArray
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
 from torch import nn
 
 from export.tensor_source import TensorSource
 from flux2_trt.naming import Family, canonical_sources
 from flux2_trt.spec import AutoencoderSpec, ModelSpec, TransformerSpec
 
-Embeds = NDArray[np.float32]
 
-
-def diffusers_pipeline(spec: ModelSpec, open_family: Callable[[Family], TensorSource]) -> Flux2KleinPipeline:
-    """diffusers' pipeline for a model without embedded guidance, in fp32 on the CPU; it takes prompt embeds only."""
+def diffusers_pipeline(spec: ModelSpec, open_family: Callable[[Family], TensorSource]) -> Any:
+    """diffusers' pipeline of a model, in fp32 on the CPU; it takes prompt embeds only."""
     transformer = diffusers_transformer(spec.transformer)
     vae = diffusers_autoencoder(spec.autoencoder)
     fill(transformer, open_family("transformer"), "transformer")
     fill(vae, open_family("autoencoder"), "autoencoder")
-    pipeline = Flux2KleinPipeline(
+    kind, more = Flux2KleinPipeline, {"is_distilled": spec.sampling.guidance_kind == "none"}
+    if spec.transformer.guidance_embeds:
+        kind, more = Flux2Pipeline, {}
+    pipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae.eval(),
         text_encoder=None,
         tokenizer=None,
         transformer=transformer.eval(),
-        is_distilled=spec.sampling.guidance_kind == "none",
+        **more,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -82,20 +87,3 @@ def fill(model: nn.Module, source: TensorSource, family: Family) -> None:
             value = torch.cat(value.chunk(2)[::-1])
         for name, part in zip(origin.names, value.chunk(len(origin.names)), strict=True):
             state[name].copy_(part.reshape(state[name].shape))
-
-
-def diffusers_run(
-    pipeline: Flux2KleinPipeline, embeds: Embeds, latents: Embeds, steps: int, size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """One picture, uint8 [H, W, 3], of `size` = (width, height) from prompt embeds [1, T, D] and noise [1, C, h, w]."""
-    width, height = size
-    with torch.inference_mode():
-        (picture,) = pipeline(
-            prompt_embeds=torch.from_numpy(embeds),
-            latents=torch.from_numpy(latents),
-            num_inference_steps=steps,
-            guidance_scale=1.0,
-            width=width,
-            height=height,
-        ).images
-    return np.asarray(picture)

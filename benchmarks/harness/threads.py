@@ -1,0 +1,22 @@
+"""Threads: every system gets the same cores. Thread pools of libraries follow variables, or the cores of the process."""
+
+from __future__ import annotations
+
+import os
+
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """The environment of a process that gets so many threads; to be set before its libraries load."""
+    return {**os.environ, **dict.fromkeys(VARIABLES, str(threads))}
+
+
+def pin(threads: int) -> None:
+    """Keep this process on the first so many of its cores, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
