@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,15 +19,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flux2_trt.console import Console
+from flux2_trt.bench import bench
+from flux2_trt.console import Console, Json, Quiet
+from flux2_trt.console import console_for as _console
 from flux2_trt.errors import Flux2Error, UsageError
 from flux2_trt.options import OPTIONS, Option, RunOptions, flag_name, options_from_texts
 
 INTERRUPTED = 130
 TERMINATED = 143  # 128 + SIGTERM
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
 
 
 class Commands(TyperGroup):
@@ -79,6 +78,7 @@ app = typer.Typer(
 )
 bundles = typer.Typer(help="The bundles of this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bundles, name="bundles")
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -100,11 +100,6 @@ Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_
 
 @app.callback()
 def _root(version: Version = False) -> None: ...
-
-
-def _console(json: bool, quiet: bool) -> Console:
-    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(message)s", force=True)
-    return Console(json, quiet)
 
 
 def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:

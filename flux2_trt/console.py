@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,9 @@ class Console:
         with Progress(*columns, console=Terminal(file=self.notes), transient=True, redirect_stdout=False) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
+
+
+def console_for(json: bool, quiet: bool) -> Console:
+    """The console of a command, with the program's log in it."""
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(message)s", force=True)
+    return Console(json, quiet)

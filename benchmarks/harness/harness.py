@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from benchmarks.harness.case import Axes, Case, Scenario
+from benchmarks.harness.floor import work_of_case
 from benchmarks.harness.gemm import GemmRate
 from benchmarks.harness.inputs import Inputs, digest
 from benchmarks.harness.monitor import Monitor, Reading
@@ -17,6 +18,7 @@ from benchmarks.harness.quality import Gallery, compare, tasks_of, unscored
 from benchmarks.harness.result import (
     SCHEMA,
     VERSION,
+    CaseWork,
     Measurement,
     Missing,
     Quality,
@@ -59,6 +61,7 @@ class _Measuring:
     system: str
     scenario: Scenario
     case: Case
+    work: CaseWork
     samples: list[Sample] = field(default_factory=list)
     watched: list[Watched] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
@@ -80,6 +83,7 @@ class _Measuring:
             system=self.system,
             scenario=self.scenario,
             case=self.case,
+            work=self.work,
             samples=tuple(self.samples),
             watched=tuple(self.watched),
             peak_host_bytes=max(self.host_peaks, default=None),
@@ -208,7 +212,9 @@ class Harness:
                     seconds = worker.draw(job).seconds
                     if index == 0:
                         self._first.setdefault(worker.name, seconds)
-                running[worker.name] = (worker, _Measuring(worker.name, scenario, case))
+                facts = worker.facts
+                work = work_of_case(self._inputs.spec, case, str(facts.get("target")), str(facts.get("precision")))
+                running[worker.name] = (worker, _Measuring(worker.name, scenario, case, work))
         self._measuring += [measuring for _, measuring in running.values()]
         rounds = self._rounds(scenario, case)
         least = protocol.min_seconds if scenario == "single-stream" else 0.0

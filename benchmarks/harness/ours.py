@@ -17,7 +17,9 @@ from flux2_trt.errors import Flux2Error
 from flux2_trt.imprint import Imprint, imprint
 from flux2_trt.pipeline import Flux2Pipeline
 from flux2_trt.provenance import Parameters
-from flux2_trt.runtime.engine import Arrays, Backend, Engine
+from flux2_trt.runtime.denoiser import Denoiser, HostLoop
+from flux2_trt.runtime.engine import Arrays, Backend, Engine, Runtime
+from flux2_trt.runtime.host import HostRuntime
 from flux2_trt.spec import Component
 from flux2_trt.version import own_version
 from flux2_trt.watermark import MESSAGE, MIN_PIXELS, embed
@@ -32,16 +34,31 @@ STAGES = {
 """The pipeline's names of stages, and those of results."""
 
 
-class WatchedPipeline(Flux2Pipeline):
-    """The pipeline, which notes when the transformer runs while it has a timeline."""
+class WatchedRuntime:
+    """A runtime that notes when the transformer runs while it has a timeline: in a loop on the host. A loop on a device
+    is left as it is, and tells of its steps alone."""
 
-    timeline: Timeline | None = None
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.timeline: Timeline | None = None
+
+    @property
+    def overlaps(self) -> bool:
+        return self._runtime.overlaps
 
     def engine(self, component: Component) -> Engine:
-        engine = super().engine(component)
+        engine = self._runtime.engine(component)
         if component == "transformer" and self.timeline is not None:
             return _WatchedEngine(engine, self.timeline)
         return engine
+
+    def denoiser(self) -> Denoiser:
+        if self.timeline is None or not isinstance(self._runtime, HostRuntime):
+            return self._runtime.denoiser()
+        return HostLoop(self.engine("conditioning"), self.engine("transformer"))
+
+    def close(self) -> None:
+        self._runtime.close()
 
 
 class _WatchedEngine:
@@ -54,20 +71,21 @@ class _WatchedEngine:
 
 
 class PipelineSystem:
-    """`clock`: of the device that the pipeline runs on."""
+    """A bundle, opened, by its plans or by torch. `runtime`: in place of the one that `backend` names."""
 
-    def __init__(self, pipeline: WatchedPipeline, clock: Clock) -> None:
-        self.pipeline, self._clock = pipeline, clock
+    def __init__(self, bundle: Bundle, backend: Backend = "plans", runtime: Runtime | None = None) -> None:
+        self._watched = WatchedRuntime(runtime or Flux2Pipeline(bundle, backend).runtime)
+        self.pipeline = Flux2Pipeline(bundle, backend, self._watched)
+        self._clock = clock_of(backend)
 
     @staticmethod
     def load(setup: Setup, backend: Backend) -> PipelineSystem:
         if setup.bundle is None:
             raise Flux2Error(f"{setup.name} has no bundle to load")
-        pipeline = WatchedPipeline(Bundle.open(setup.bundle), backend)
-        for component in pipeline.spec.components:
-            if component in {record.name for record in pipeline.bundle.manifest.components}:
-                pipeline.engine(component)
-        return PipelineSystem(pipeline, clock_of(backend))
+        system = PipelineSystem(Bundle.open(setup.bundle), backend)
+        for component in system.pipeline.spec.components:
+            system.pipeline.engine(component)
+        return system
 
     def draw(self, job: Job, watched: bool) -> Drawn:
         return self._watch(job) if watched else self._draw(job)
@@ -84,15 +102,16 @@ class PipelineSystem:
         """With what a picture needs before and after the pipeline: its text, watermark and file."""
         timeline, latents = Timeline(self._clock), []
 
-        def at_end(_: object, step: int, level: float, tensors: dict[str, Any]) -> None:
+        def at_end(_: object, step: int, level: float, tensors: Mapping[str, Any]) -> None:
+            found = tensors["latents"]  # waits for a device: the step is over then
             with timeline.end_of_step():
-                latents.append(np.array(tensors["latents"][0], np.float32))
+                latents.append(np.array(found[0], np.float32))
 
-        self.pipeline.timeline = timeline
+        self._watched.timeline = timeline
         try:
             drawn = self._with_steps(job, timeline, at_end)
         finally:
-            self.pipeline.timeline = None
+            self._watched.timeline = None
         return replace(drawn, latents=tuple(latents))
 
     def _with_steps(self, job: Job, timeline: Timeline, at_end: Any) -> Drawn:
@@ -158,7 +177,7 @@ class PipelineSystem:
 
 
 def clock_of(backend: Backend) -> Clock:
-    """Torch's work on a GPU is timed by events; plans run on the CPU, until their runtime brings a clock."""
+    """Torch's work on a GPU is timed by events; of plans on one, the host waits for every step that is watched."""
     if backend == "plans":
         return HostClock()
     import torch

@@ -68,6 +68,19 @@ class Watched:
 
 
 @dataclass(frozen=True)
+class CaseWork:
+    """Operations of a step for all pictures of the case, of which `attention`, and of everything in a timed call.
+
+    `floor_seconds`: of a step by the data sheet of the target (engines.roofline); None for one without, as a CPU.
+    """
+
+    step: int
+    attention: int
+    call: int
+    floor_seconds: float | None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A system in a case. `others_share`: of the machine's cores, taken by other processes during the timed calls.
 
@@ -77,6 +90,7 @@ class Measurement:
     system: str
     scenario: Scenario
     case: Case
+    work: CaseWork
     samples: tuple[Sample, ...]
     watched: tuple[Watched, ...]
     peak_host_bytes: int | None
@@ -93,6 +107,12 @@ class Measurement:
         """Seconds of a stage in each call that tells: the timed ones, else the watched."""
         timed = [sample.stages[name] for sample in self.samples if name in sample.stages]
         return timed or [each.stages[name] for each in self.watched if name in each.stages]
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Of the loop, divided by its steps, in each call; empty where the system does not tell of its loop. Pictures
+        that are denoised one after the other count together, as those of a batch do."""
+        return [seconds / self.case.steps for seconds in self.stage("denoise")]
 
 
 @dataclass(frozen=True)
