@@ -1,0 +1,59 @@
+"""Markup: tables, figures and numbers of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from benchmarks.harness.result import Result, SystemRecord
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], texts: Iterable[int] = ()) -> str:
+    """Cells are markup; the columns `texts` hold sentences."""
+    wide = set(texts)
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=text' if index in wide else ''}>{value}</{tag}>" for index, value in enumerate(values)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="table"><table><tr>{cells("th", headings)}</tr>{body}</table></div>'
+
+
+def figure(title: str, chart: str, caption: str = "") -> str:
+    below = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure><b>{escape(title)}</b>{chart}{below}</figure>"
+
+
+def paragraph(content: str, kind: str = "") -> str:
+    return f'<p class="{kind}">{content}</p>' if kind else f"<p>{content}</p>"
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds, to three places."""
+    value = 1000 * seconds
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def megabytes(count: float | None) -> str:
+    return "?" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def color_of(result: Result, name: str) -> str:
+    """Of a system: ours in the exact track, ours in the other, torch with our modules, others, a control."""
+    system = result.system(name)
+    if name.endswith("+control"):
+        return "var(--control)"
+    if name.startswith("plans:"):
+        return "var(--ours)" if system and system.track == "exact" else "var(--approximate)"
+    return "var(--torch)" if name.startswith("torch") else "var(--theirs)"
+
+
+def title_of(result: Result, name: str) -> str:
+    system: SystemRecord | None = result.system(name)
+    return escape(system.title) if system else escape(name)
