@@ -1,7 +1,7 @@
 """What the README says about speed on a CPU: `python -m benchmarks.cpu`.
 
-Whole commands as a user types them (wall time, peak memory), then our loop beside diffusers eager and `torch.compile`:
-the same weights, prompt embeds, noise and steps, interleaved in one run. Noise by itself. Writes one JSON file.
+Whole commands as a user types them (wall time, peak memory), and noise by itself. Writes one JSON file. Pictures beside
+baselines are measured by `flux2-trt bench`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import typer
 
-from benchmarks.baselines import diffusers_pipeline, diffusers_run
 from benchmarks.machine import machine
-from engines.sources import resolve_source
 from flux2_trt.noise import noise_batch
-from flux2_trt.pipeline import Flux2Pipeline
-from flux2_trt.runtime.engine import PLANS, Backend
 
 PROMPT = "a large red circle on a blue background"
 PACKAGES = ("flux2-trt", "torch", "diffusers", "onnxruntime", "numpy")
@@ -79,59 +72,6 @@ def measure_commands(home: Path, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(repeats: int) -> dict[str, Any]:
-    """Seconds for one 256x256 picture from prompt embeds, ours and the baselines', interleaved.
-
-    Baselines are diffusers, and our own modules run by torch from the same bundle.
-    """
-    source = resolve_source("tiny", None)
-    pipeline = Flux2Pipeline.from_pretrained("tiny")
-    spec, sampling = pipeline.spec, pipeline.spec.sampling
-    size = (sampling.width, sampling.height)
-    sides = [side // spec.autoencoder.pixels_per_token for side in size]
-    noise = noise_batch([1], spec.transformer.in_channels, sides[1], sides[0])
-    embeds, _ = pipeline.encode_prompt([PROMPT])
-    eager = diffusers_pipeline(spec, source.open)
-    compiled = diffusers_pipeline(spec, source.open)
-    compiled.transformer = torch.compile(compiled.transformer)
-    compiled.vae.decode = torch.compile(compiled.vae.decode)
-    steps = sampling.num_inference_steps
-
-    def ours(backend: Backend) -> Callable[[], np.ndarray]:
-        pipe = pipeline if backend == PLANS else Flux2Pipeline(pipeline.bundle, backend)
-        return lambda: np.asarray(pipe(prompt_embeds=embeds, latents=noise).images[0])
-
-    def baseline(pipe: Any) -> Callable[[], np.ndarray]:
-        return lambda: diffusers_run(pipe, embeds, noise, steps, size)
-
-    runs = {
-        "flux2-trt": ours(PLANS),
-        "flux2-trt torch": ours("torch"),
-        "flux2-trt torch-compile": ours("torch-compile"),
-        "diffusers eager": baseline(eager),
-        "diffusers torch.compile": baseline(compiled),
-    }
-    pictures = {name: run() for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(repeats):
-        for name in list(runs) if index % 2 == 0 else reversed(runs):
-            started = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    reference = pictures["diffusers eager"].astype(int)
-    return {
-        "size": size,
-        "steps": steps,
-        "median_seconds": {name: round(value, 3) for name, value in medians.items()},
-        "all_seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
-        "times_ours": {name: round(value / medians["flux2-trt"], 2) for name, value in medians.items()},
-        "largest_pixel_difference_to_eager": {
-            name: int(np.abs(picture.astype(int) - reference).max()) for name, picture in pictures.items()
-        },
-    }
-
-
 def measure_noise(repeats: int) -> dict[str, float]:
     """Median seconds for the noise of one picture with 128 channels, by size in pixels."""
     medians = {}
@@ -158,7 +98,6 @@ def main(
             "machine": machine(),
             "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "commands": commands,
-            "comparison": compare(repeats),
             "noise_median_seconds": measure_noise(repeats),
         }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,6 @@ INTERRUPTED = 130
 TERMINATED = 143  # 128 + SIGTERM
 
 
-
 class Commands(TyperGroup):
     """The root command: every failure ends here, as one text and an exit code."""
 

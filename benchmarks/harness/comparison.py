@@ -47,7 +47,8 @@ def compare(a: Result, b: Result, threshold: float = 0.05, quality_threshold: fl
 
     Raises UsageError where the two have nothing in common.
     """
-    notes, findings = [], []
+    notes: list[str] = []
+    findings: list[Finding] = []
     for name, result in (("A", a), ("B", b)):
         if result.stopped:
             notes.append(f"{name} is not complete: {result.stopped}")

@@ -64,7 +64,7 @@ def measure_gemm(shapes: Sequence[Shape], threads: int) -> GemmRate:
 
 
 def best_rate(shapes: Sequence[Shape]) -> GemmRate:
-    """On a GPU that torch has, products in bf16; else in fp32 on the CPU, by numpy and by torch where it is installed."""
+    """On a GPU that torch has, products in bf16; else in fp32 on the CPU, by numpy, and torch where there is one."""
     torch = importlib.import_module("torch") if find_spec("torch") else None
     found = []
     for shape in shapes:

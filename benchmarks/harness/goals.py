@@ -39,7 +39,7 @@ class Outcome:
             return "not measured"
         if self.ratio.low >= self.goal.times:
             return "reached"
-        return "missed" if self.ratio.high < self.goal.times else "undecided: the goal is within the noise"
+        return "missed" if self.ratio.high < self.goal.times else "undecided"
 
 
 def outcomes(result: Result) -> list[Outcome]:

@@ -69,9 +69,7 @@ class _Measuring:
     device_peaks: list[int] = field(default_factory=list)
 
     def add(self, timed: Timed, reading: Reading) -> None:
-        self.samples.append(
-            Sample(timed.seconds, dict(timed.drawn.stages), timed.cpu_seconds, reading.energy_joules)
-        )
+        self.samples.append(Sample(timed.seconds, dict(timed.drawn.stages), timed.cpu_seconds, reading.energy_joules))
         self.readings.append(reading)
         self.host_peaks += [timed.peak_host_bytes] if timed.peak_host_bytes is not None else []
         peaks = (timed.peak_device_bytes, reading.peak_device_bytes)
@@ -172,7 +170,7 @@ class Harness:
             version=VERSION,
             created=self._created,
             stopped=stopped,
-            identity=self._identity | {"inputs": self._input_hashes()},
+            identity={**self._identity, "inputs": self._input_hashes()},
             options=self._options,
             primary=self._primary,
             gemm=self._gemm,
@@ -235,7 +233,7 @@ class Harness:
                     measuring.watched.append(Watched(dict(drawn.stages), drawn.steps, drawn.gaps))
 
     def _taking_part(self, scenario: Scenario) -> list[Worker]:
-        """In a sweep, our plans and the reference: neither compiles anew for a case, nor does precision change growth."""
+        """In a sweep, the primary and the reference: neither compiles anew, and precision changes no growth."""
         if scenario != "sweep":
             return self._workers
         return [worker for worker in self._workers if worker.name in (self._primary, self._reference)]

@@ -77,7 +77,7 @@ def _memory_bytes() -> int | None:
 
 
 def _clock_mhz() -> float | None:
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, IndexError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-        return float([line.split(":")[1] for line in lines if line.startswith("cpu MHz")][0])
+        return float(next(line.split(":")[1] for line in lines if line.startswith("cpu MHz")))
     return None

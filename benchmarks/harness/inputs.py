@@ -47,7 +47,7 @@ class Inputs:
         side = math.isqrt(min(MEGAPIXEL, self.spec.sampling.max_reference_area or MEGAPIXEL))
         x = np.linspace(0, 2 * np.pi, side)
         waves = [np.sin((index + 1 + c) * x)[:, None] + np.cos((index + 2 - c) * x)[None] for c in range(3)]
-        return np.uint8(127.5 + 60 * np.stack(waves, axis=-1))
+        return (127.5 + 60 * np.stack(waves, axis=-1)).astype(np.uint8)
 
     def job(
         self, case: Case, prompt: str, seed: int, references: Sequence[Pictures] | None = None, reads: bool = False

@@ -93,10 +93,7 @@ class PipelineSystem:
     def _draw(self, job: Job) -> Drawn:
         output = self.pipeline(**self._arguments(job))
         pictures = np.stack([np.asarray(image) for image in output.images])
-        seconds = {STAGES[name]: value for name, value in output.timings.items() if name in STAGES}
-        if not job.reads_prompt:
-            seconds.pop("text", None)
-        return Drawn(pictures, seconds)
+        return Drawn(pictures, _stages(output.timings, job))
 
     def _watch(self, job: Job) -> Drawn:
         """With what a picture needs before and after the pipeline: its text, watermark and file."""
@@ -129,7 +126,7 @@ class PipelineSystem:
             imprint(marked, "PNG", self._parameters(job), Imprint())
         self._clock.settle()
         steps, gaps = timeline.steps(len(pictures))
-        seconds = {STAGES[name]: value for name, value in output.timings.items() if name in STAGES}
+        seconds = _stages(output.timings, job)
         return Drawn(pictures, seconds | around.stage_seconds(), tuple(steps), tuple(gaps))
 
     def _arguments(self, job: Job) -> dict[str, Any]:
@@ -174,6 +171,13 @@ class PipelineSystem:
             "weights_bytes": sum(record.bytes for record in weights.values()),
             "plan_bytes": sum(record.plan.bytes for record in manifest.components),
         }
+
+
+def _stages(timings: Mapping[str, float], job: Job) -> dict[str, float]:
+    """Seconds of those stages that there was something to do in."""
+    idle = set() if job.reads_prompt else {"text"}
+    idle |= set() if job.references else {"encode"}
+    return {STAGES[name]: value for name, value in timings.items() if name in STAGES and STAGES[name] not in idle}
 
 
 def clock_of(backend: Backend) -> Clock:

@@ -201,7 +201,9 @@ def unscored(spec: ModelSpec) -> list[Missing]:
     }
     if spec.name == "tiny":
         lacking = [name for name in JUDGE_NEEDS if find_spec(name) is None]
-        reasons["judge's scores"] = f"{', '.join(lacking)} not installed: pip install 'flux2-trt[benchmark]'" if lacking else None
+        reasons["judge's scores"] = (
+            f"{', '.join(lacking)} not installed: pip install 'flux2-trt[benchmark]'" if lacking else None
+        )
     return [Missing(name, reason) for name, reason in reasons.items() if reason]
 
 

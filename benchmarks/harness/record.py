@@ -39,7 +39,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         _require(isinstance(value, list), where, "a list", value)
         kinds = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
         _require(len(kinds) == len(value), where, f"{len(kinds)} values", value)
-        return tuple(_read(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _read(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is not None and issubclass(origin, Mapping):
         _require(isinstance(value, dict), where, "an object", value)
         return {name: _read(arguments[1], item, f"{where}.{name}") for name, item in value.items()}

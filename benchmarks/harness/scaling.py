@@ -58,16 +58,12 @@ def cases_along(result: Result, system: str, axis: str) -> list[Measurement]:
 
 def fit_steps(measurements: Sequence[Measurement]) -> StepFit | None:
     """By least squares of relative errors, with no term below zero; None for fewer than four kinds of step."""
-    points = {
-        (each.work.step, each.work.attention): (each.case, median(each.step_seconds))
-        for each in measurements
-        if each.step_seconds and each.case.batch == 1
-    }
-    if len(points) < 4:
+    points = [each for each in measurements if each.step_seconds and each.case.batch == 1]
+    if len({each.work.step for each in points}) < 4:
         return None
-    work = np.array([(1.0, step - attention, attention) for step, attention in points], np.float64)
-    cases = [case for case, _ in points.values()]
-    seconds = np.array([value for _, value in points.values()])
+    work = np.array([(1.0, p.work.step - p.work.attention, p.work.attention) for p in points], np.float64)
+    cases = [each.case for each in points]
+    seconds = np.array([median(each.step_seconds) for each in points])
     terms = _nonnegative(work / seconds[:, None], np.ones(len(seconds)))
     relative = np.abs(work @ terms / seconds - 1)
     worst = int(relative.argmax())
@@ -109,11 +105,14 @@ def explained(fit: StepFit, measurements: Sequence[Measurement]) -> list[str]:
         text += f" and {fit.attention_rate / giga:.0f} GFLOP/s for attention" if fit.attention_rate else ""
         lines.append(text + ".")
     if fit.other_rate and fit.attention_rate and fit.attention_rate < fit.other_rate:
+        slower = 100 * fit.attention_rate / fit.other_rate
         lines.append(
-            f"Attention, {100 * shares[0]:.0f} % of the operations of the smallest step and {100 * shares[-1]:.0f} % of "
-            f"the largest, runs at {100 * fit.attention_rate / fit.other_rate:.0f} % of the speed of linears: that is "
-            "the super-linear part, as its operations and the softmax between them grow with the square of the tokens."
+            f"Attention, {100 * shares[0]:.0f} % of the operations of the smallest step and {100 * shares[-1]:.0f} % "
+            f"of the largest, runs at {slower:.0f} % of the speed of linears. Its operations, and the softmax between "
+            "them, grow with the square of the tokens."
         )
+    elif fit.exponent > 1 + CLOSE:
+        lines.append("Time grows faster than operations, and attention does not explain it.")
     if fit.worst_share > CLOSE:
         lines.append(
             f"Not explained: {fit.worst.title} is {100 * fit.worst_share:.0f} % from the fit. Look for a cache that "

@@ -1,4 +1,4 @@
-"""Threads: every system gets the same cores. Thread pools of libraries follow variables, or the cores of the process."""
+"""Threads: every system gets the same cores. Libraries size their pools by variables, or by a process's cores."""
 
 from __future__ import annotations
 

@@ -98,7 +98,12 @@ class ProcessWorker:
         command = [python, "-m", "benchmarks.harness.worker", str(self._write_end), str(threads)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[self._write_end], env=thread_environment(threads)
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[self._write_end],
+                env=thread_environment(threads),
             )
         os.close(self._write_end)
         self.pid, self._answers = self._process.pid, os.fdopen(answers, encoding="utf-8")
@@ -112,7 +117,7 @@ class ProcessWorker:
 
     def draw(self, job: Job, watched: bool = False) -> Timed:
         path = self._folder / f"job-{self.pid}.npz"
-        arrays = {f"reference_{i}": pixels for i, pixels in enumerate(job.references)}
+        arrays: dict[str, np.ndarray] = {f"reference_{i}": pixels for i, pixels in enumerate(job.references)}
         if job.unconditional is not None:
             arrays["unconditional"] = job.unconditional
         np.savez(path, embeds=job.embeds, noise=job.noise, **arrays)  # type: ignore[arg-type]
@@ -158,7 +163,7 @@ def _serve(answers: int, threads: int) -> None:
     system: System | None = None
     with os.fdopen(answers, "w", encoding="utf-8") as out:
         for line in sys.stdin:
-            request = json.loads(line)
+            request, answer = json.loads(line), dict[str, Any]()
             try:
                 if request.pop("do") == "load":
                     started = time.perf_counter()
@@ -170,7 +175,7 @@ def _serve(answers: int, threads: int) -> None:
                     answer = _draw(system, request)
             except Flux2Error as error:
                 answer = {"error": str(error)}
-            except Exception as error:  # noqa: BLE001: whatever a system raises is its result; the log has the rest
+            except Exception as error:  # noqa: BLE001 (whatever a system raises is its result)
                 import traceback
 
                 traceback.print_exc()

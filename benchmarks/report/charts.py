@@ -56,7 +56,7 @@ def distributions(rows: Sequence[Row], unit: str, label: str) -> str:
         parts.append(text(LEFT, y - 9, row.title))
         parts.append(text(RIGHT, y - 9, f"p50 {plain(found.p50)}", class_="tick", text_anchor="end"))
         for value in row.values:
-            parts.append(element("circle", cx=scale(value), cy=y, r=3, fill=row.color, fill_opacity=0.35))
+            parts.append(element("circle", cx=scale(value), cy=y, r=3, fill=row.color, fill_opacity=0.45))
         for value, half in ((found.p50, 8), (found.p90, 4)):
             place = scale(value)
             parts.append(line(place, y - half + 2, place, y + half - 2, stroke=row.color, stroke_width=2))

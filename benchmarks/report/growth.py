@@ -46,9 +46,7 @@ def growth(result: Result) -> str:
     return "".join(parts)
 
 
-def _chart(
-    result: Result, systems: Sequence[str], axis: str, title: str, x_title: str, x: Value, of_step: bool
-) -> str:
+def _chart(result: Result, systems: Sequence[str], axis: str, title: str, x_title: str, x: Value, of_step: bool) -> str:
     series = []
     for system in systems:
         along = cases_along(result, system, axis)
@@ -85,9 +83,8 @@ def _table(result: Result, systems: Sequence[str]) -> str:
         work = next(iter(found.values())).work
         cells = [title, f"{work.step / 1e9:.2f}", f"{100 * work.attention / work.step:.0f} %"]
         for system in systems:
-            each = found.get(system)
-            cells += [ms(median(each.seconds)) if each else ""]
-            cells += [ms(median(each.step_seconds)) if each and each.step_seconds else ""]
+            for seconds in ([], []) if system not in found else (found[system].seconds, found[system].step_seconds):
+                cells.append(ms(median(seconds)) if seconds else "")
         rows.append(cells)
     heads = ["case", "GFLOP a step", "attention"]
     heads += [f"{title_of(result, system)}, {what}" for system in systems for what in ("call", "step")]

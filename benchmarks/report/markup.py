@@ -9,16 +9,19 @@ from benchmarks.harness.result import Result, SystemRecord
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], texts: Iterable[int] = ()) -> str:
-    """Cells are markup; the columns `texts` hold sentences."""
-    wide = set(texts)
+    """Cells are markup; the columns `texts` hold sentences. Columns in which nothing stands are left out."""
+    rows = list(rows)
+    kept = [index for index in range(len(headings)) if any(row[index] for row in rows)]
+    wide = {place for place, index in enumerate(kept) if index in set(texts)}
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
             f"<{tag}{' class=text' if index in wide else ''}>{value}</{tag}>" for index, value in enumerate(values)
         )
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="table"><table><tr>{cells("th", headings)}</tr>{body}</table></div>'
+    body = "".join(f"<tr>{cells('td', [row[index] for index in kept])}</tr>" for row in rows)
+    heads = cells("th", [headings[index] for index in kept])
+    return f'<div class="table"><table><tr>{heads}</tr>{body}</table></div>'
 
 
 def figure(title: str, chart: str, caption: str = "") -> str:
@@ -44,14 +47,20 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+APPROXIMATE_COLORS = 4
+
+
 def color_of(result: Result, name: str) -> str:
-    """Of a system: ours in the exact track, ours in the other, torch with our modules, others, a control."""
-    system = result.system(name)
+    """Of a system: ours in the exact track, each of the others of ours, torch with our modules, others, a control."""
     if name.endswith("+control"):
         return "var(--control)"
+    approximate = [system.name for system in result.systems if system.track == "approximate"]
+    if name in approximate:
+        return f"var(--a{approximate.index(name) % APPROXIMATE_COLORS})"
     if name.startswith("plans:"):
-        return "var(--ours)" if system and system.track == "exact" else "var(--approximate)"
-    return "var(--torch)" if name.startswith("torch") else "var(--theirs)"
+        return "var(--ours)"
+    kind = "torch" if name.startswith("torch") else "theirs"
+    return f"var(--{kind}-compile)" if name.endswith("-compile") else f"var(--{kind})"
 
 
 def title_of(result: Result, name: str) -> str:

@@ -13,7 +13,8 @@ from benchmarks.harness.result import Result
 from benchmarks.report.growth import growth
 from benchmarks.report.markup import ms, paragraph, percent, table
 from benchmarks.report.published import PUBLISHED
-from benchmarks.report.sections import SECTIONS
+from benchmarks.report.standing import floor, quality, resources
+from benchmarks.report.timing import goals, latency, stages, throughput
 from engines.drawing import Drawing
 from engines.hardware import HARDWARE
 from engines.roofline import floor_of
@@ -21,6 +22,7 @@ from export.recipes import RECIPES
 from flux2_trt.errors import UsageError
 from flux2_trt.models import published_spec
 
+SECTIONS = (goals, latency, stages, quality, floor, throughput, resources, growth)
 STYLE = Path(__file__).with_name("style.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 BUSY_LOAD, BUSY_SHARE = 0.3, 0.1
@@ -31,7 +33,7 @@ def page_of(results: Sequence[Result]) -> str:
     """The first result in full, and how each of the others compares with it."""
     result = results[0]
     title = f"{result.identity['model']['name']} on {_device(result)}"
-    body = [_head(result, title), *(section(result) for section in (*SECTIONS, growth))]
+    body = [_head(result, title), *(section(result) for section in SECTIONS)]
     body += [_others(result, results[1:]), _published(result), _missing(result), _identity(result)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -45,14 +47,20 @@ def page_of(results: Sequence[Result]) -> str:
 def _device(result: Result) -> str:
     machine = result.identity["machine"]
     gpu = machine.get("gpu")
-    return str(gpu["name"]) if gpu else f"{result.options.get('threads', machine['cores'])} cores of {machine['processor']}"
+    return (
+        str(gpu["name"])
+        if gpu
+        else f"{result.options.get('threads', machine['cores'])} cores of {machine['processor']}"
+    )
 
 
 def _head(result: Result, title: str) -> str:
     git = result.identity["software"]["git"]
     commit = f", commit {git['commit'][:12]}{' with changes' if git['changed'] else ''}" if git else ""
     packages = result.identity["software"]["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("onnxruntime", "torch", "diffusers") if packages.get(name))
+    versions = ", ".join(
+        f"{name} {packages[name]}" for name in ("onnxruntime", "torch", "diffusers") if packages.get(name)
+    )
     lines = [f"<h1>{escape(title)}</h1>"]
     version = f"flux2-trt {packages.get('flux2-trt')}{commit}; {versions}"
     lines.append(paragraph(escape(f"Measured {result.created.replace('T', ' ')}. {version}."), "soft"))
@@ -89,7 +97,8 @@ def _others(result: Result, others: Sequence[Result]) -> str:
             parts.append(f"<h3>{named}</h3>{paragraph(escape(str(error)))}")
             continue
         rows = [
-            ['<b class="bad">worse</b>' if each.worse else "same or better", escape(each.text)] for each in found.findings
+            ['<b class="bad">worse</b>' if each.worse else "same or better", escape(each.text)]
+            for each in found.findings
         ]
         notes = "".join(f"<li>{escape(text)}</li>" for text in (*found.notes, *found.differences))
         verdict = f"{len(found.worse)} of {len(found.findings)} numbers are worse beyond the noise."
@@ -116,7 +125,7 @@ def _published(result: Result) -> str:
     for found in PUBLISHED:
         spec = published_spec(found.model)
         drawing = Drawing.of(spec, found.width, found.height, num_references=found.references, steps=found.steps)
-        floor = floor_of("transformer", spec, drawing, RECIPES[found.precision], HARDWARE[found.target]).seconds
+        least = floor_of("transformer", spec, drawing, RECIPES[found.precision], HARDWARE[found.target]).seconds
         rows.append(
             [
                 found.model,
@@ -127,11 +136,22 @@ def _published(result: Result) -> str:
                 str(found.steps),
                 "" if found.step_seconds is None else ms(found.step_seconds),
                 "" if found.seconds is None else f"{found.seconds:.3g}",
-                "" if found.step_seconds is None else percent(floor / found.step_seconds),
+                "" if found.step_seconds is None else percent(least / found.step_seconds),
                 f'published: <a href="{escape(found.source)}">{escape(found.source.split("//")[1].split("/")[2])}</a>',
             ]
         )
-    heads = ["model", "device", "system", "precision", "size", "steps", "ms a step", "s a picture", "of the floor", "source"]
+    heads = [
+        "model",
+        "device",
+        "system",
+        "precision",
+        "size",
+        "steps",
+        "ms a step",
+        "s a picture",
+        "of the floor",
+        "source",
+    ]
     text = (
         "Published by others and not measured by this project; the floor is the least time by the data sheet "
         "(engines.roofline), with linears alone in fp8 where it says so. "

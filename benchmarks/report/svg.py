@@ -11,7 +11,7 @@ WIDTH = 360
 MARGIN_LEFT, MARGIN_RIGHT = 46, 12
 
 
-def element(name: str, content: str = "", **attributes: object) -> str:
+def element(name: str, content: str = "", /, **attributes: object) -> str:
     """`class_` is the attribute class, `stroke_width` stroke-width."""
     given = "".join(f' {key.rstrip("_").replace("_", "-")}="{_text(value)}"' for key, value in attributes.items())
     return f"<{name}{given}>{content}</{name}>" if content else f"<{name}{given}/>"
