@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flux2_trt.console import Json, Quiet, console_for
-from flux2_trt.errors import Flux2Error, UsageError
+from flux2_trt.errors import Flux2Error, Interrupted, UsageError
 
 bench = typer.Typer(
     help="Measure speed and quality beside baselines; compare results; make reports.",
@@ -18,7 +18,6 @@ bench = typer.Typer(
     rich_markup_mode=None,
 )
 RESULT = "bench-{model}.json"
-INTERRUPTED = 130
 
 
 @bench.callback()
@@ -115,9 +114,9 @@ def measure(
         if report:
             _write_report([result_path], page_path)
             console.line(page_path)
-    console.object(values_of(result) | {"result": str(result_path), "report": str(page_path) if report else None})
     if result.stopped:
-        raise typer.Exit(INTERRUPTED)
+        raise Interrupted(f"{result.stopped}; {result_path} has what was measured until then")
+    console.object(values_of(result) | {"result": str(result_path), "report": str(page_path) if report else None})
 
 
 @bench.command()
