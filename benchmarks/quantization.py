@@ -20,6 +20,7 @@ import typer
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from benchmarks.harness.quality import relative_error
 from benchmarks.tiny import draw
 from engines.build import BuildRequest, build
 from export.tiny.config import EvaluationConfig
@@ -74,11 +75,6 @@ def compare(
         "psnr_db": round(float(np.median(psnr)), 2) if psnr else None,
         "ssim": round(float(np.median(ssim)), 4),
     }
-
-
-def relative_error(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """Norm of the difference over the norm."""
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def main(

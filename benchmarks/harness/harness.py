@@ -210,6 +210,7 @@ class Harness:
                     seconds = worker.draw(job).seconds
                     if index == 0:
                         self._first.setdefault(worker.name, seconds)
+                        self._note(f"  {worker.name}: the first call took {seconds:.1f} s")
                 facts = worker.facts
                 work = work_of_case(self._inputs.spec, case, str(facts.get("target")), str(facts.get("precision")))
                 running[worker.name] = (worker, _Measuring(worker.name, scenario, case, work))

@@ -28,6 +28,12 @@ PROMPTS = (
     "a snowy mountain village seen from above",
     "a white cat asleep on a stack of newspapers",
 )
+TINY_PROMPTS = (
+    "a large red circle on a blue background",
+    "a green triangle to the left of a yellow square on a white background",
+    "a small purple star in the top right corner, gray background",
+    "pink diamond above a black cross, on orange",
+)
 JUDGE_NEEDS = ("torch", "scipy")
 
 
@@ -60,7 +66,8 @@ def tasks_of(spec: ModelSpec, count: int, case: Case) -> list[Task]:
     """`count` of every kind for `tiny`, where its judge can be loaded; else so many prompts, the same ones again with
     other seeds."""
     if spec.name != "tiny" or any(find_spec(name) is None for name in JUDGE_NEEDS):
-        return [Task(PROMPTS[index % len(PROMPTS)], SEED + index) for index in range(count)]
+        prompts = TINY_PROMPTS if spec.name == "tiny" else PROMPTS
+        return [Task(prompts[index % len(prompts)], SEED + index) for index in range(count)]
     from export.tiny.dataset import DRAW, sample
     from export.tiny.scenes import render
 
