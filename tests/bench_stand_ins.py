@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 from benchmarks.harness.case import Axes, Case
 from benchmarks.harness.gemm import GemmRate
 from benchmarks.harness.harness import Protocol
+from benchmarks.harness.memory import peak_host_bytes
 from benchmarks.harness.result import (
     SCHEMA,
     VERSION,
@@ -23,12 +25,29 @@ from benchmarks.harness.result import (
     SystemRecord,
     Watched,
 )
+from benchmarks.harness.system import Job, System
+from benchmarks.harness.worker import Timed, timed
 from flux2_trt.pipeline import Flux2Pipeline
 from flux2_trt.runtime.denoiser import Denoiser, HostLoop
 from flux2_trt.runtime.engine import Arrays, Engine
 from flux2_trt.runtime.host import HostRuntime
 
 CASE = Case(128, 128, 2)
+
+
+class LocalWorker:
+    """A system in this process."""
+
+    def __init__(self, name: str, system: System) -> None:
+        self.name, self._system, self.pid = name, system, os.getpid()
+        self.load_seconds, self.loaded_host_bytes = 0.0, peak_host_bytes()
+        self.facts = system.facts()
+
+    def draw(self, job: Job, watched: bool = False) -> Timed:
+        return timed(self._system, job, watched)
+
+    def close(self) -> None:
+        pass
 
 
 class AlteredRuntime(HostRuntime):

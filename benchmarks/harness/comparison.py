@@ -65,7 +65,7 @@ def compare(a: Result, b: Result, threshold: float = 0.05, quality_threshold: fl
     failed = {each.name: each.reason for each in b.missing}
     for key in ours:
         if key not in theirs:
-            reason = next((text for name, text in failed.items() if name.startswith(key[0])), None)
+            reason = next((text for name, text in failed.items() if f"{name}:".startswith(f"{key[0]}:")), None)
             text = f"{key[0]} in {key[1]} was measured in A only"
             findings.append(Finding(f"{text}: {reason}" if reason else text, worse=reason is not None))
     findings += _all_quality(a, b, quality_threshold, notes)

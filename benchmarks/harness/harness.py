@@ -211,8 +211,8 @@ class Harness:
                     if index == 0:
                         self._first.setdefault(worker.name, seconds)
                         self._note(f"  {worker.name}: the first call took {seconds:.1f} s")
-                facts = worker.facts
-                work = work_of_case(self._inputs.spec, case, str(facts.get("target")), str(facts.get("precision")))
+                target = str(worker.facts.get("target", self._options.get("target")))
+                work = work_of_case(self._inputs.spec, case, target, str(worker.facts.get("precision")))
                 running[worker.name] = (worker, _Measuring(worker.name, scenario, case, work))
         self._measuring += [measuring for _, measuring in running.values()]
         rounds = self._rounds(scenario, case)

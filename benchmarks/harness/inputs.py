@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,12 @@ class Inputs:
         self.spec = pipeline.spec
         self._pipeline = pipeline
         self._embeds: dict[str, Floats] = {}
+
+    def prepare(self, prompts: Iterable[str]) -> None:
+        """Encode what will be asked for, and let go of what that took: systems need the memory."""
+        for prompt in prompts:
+            self.embeds(prompt)
+        self._pipeline.close()
 
     def embeds(self, prompt: str) -> Floats:
         """[1, T, D] fp32."""

@@ -16,6 +16,7 @@ from benchmarks.harness.harness import Harness, Protocol, control_of
 from benchmarks.harness.identity import identity
 from benchmarks.harness.inputs import Inputs, prompt_of
 from benchmarks.harness.monitor import Monitor
+from benchmarks.harness.quality import tasks_of
 from benchmarks.harness.result import Missing, Result
 from benchmarks.harness.system import CONTROL, KINDS, PLANS, Setup, kind_of, why_missing
 from benchmarks.harness.threads import usable_cores
@@ -29,8 +30,8 @@ from flux2_trt.store import Store
 Build = Callable[[str, str, str, str | None], Path]
 """Model, target, precision and checkpoint to the folder of a bundle; raises Flux2Error."""
 
-REFERENCES = ("diffusers", "torch", "plans:fp32")
-"""What quality is measured against: the first of these that is there. Someone else's code comes first."""
+REFERENCES = ("diffusers-fp32", "diffusers", "torch", "plans:fp32")
+"""What quality is measured against: the first of these that is there. Someone else's code comes first, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,10 @@ class Asked:
 
 def default_systems(target: str) -> tuple[str, ...]:
     """Our plans in every precision of the target, and every baseline, one of them twice."""
-    precisions = resolve_target(target).precisions
-    return (*(f"{PLANS}:{precision}" for precision in precisions), *KINDS, control_of("diffusers"))
+    found = resolve_target(target)
+    plans = [f"{PLANS}:{precision}" for precision in found.precisions]
+    others = [name for name in KINDS if name != "diffusers-fp32" or found.compute_capability]  # on a CPU, all are
+    return (*plans, *others, control_of("diffusers"))
 
 
 def check(asked: Asked) -> tuple[str, ...]:
@@ -138,6 +141,7 @@ def measure(asked: Asked, output: Path, build: Build, note: Callable[[str], None
     gemm = measure_gemm(shapes, threads)
     note(f"matrix products: {gemm}")
     inputs = Inputs(Flux2Pipeline.from_bundle(next(iter(bundles.values()))))
+    inputs.prepare([protocol.prompt, *(task.prompt for task in tasks_of(spec, protocol.quality_count, protocol.case))])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux2-bench-")))
         workers = []
@@ -166,6 +170,7 @@ def measure(asked: Asked, output: Path, build: Build, note: Callable[[str], None
             raise Flux2Error("; ".join(each.reason for each in missing) or "none of our systems could be loaded")
         reference = next((name for name in REFERENCES if name in names), primary)
         options = {**asdict(asked), "systems": list(systems), "threads": threads, "reference": reference}
+        options["target"] = resolve_target(asked.target).name
         harness = Harness(
             workers,
             inputs,

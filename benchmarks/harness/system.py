@@ -75,14 +75,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Kind:
-    """`needs`: the package that it runs by, and what to type for it. `adapts`: any case without compiling anew."""
+    """`needs`: the package that it runs by; `install`: what to type for it. `same_latents`: it takes the noise that it
+    is given, so that its pictures can be compared."""
 
     title: str
     track: Track
     needs: str | None
     install: str
     load: Callable[[Setup], System]
-    adapts: bool = True
     same_latents: bool = True
 
 
@@ -101,7 +101,7 @@ def _torch(setup: Setup) -> System:
 def _diffusers(setup: Setup) -> System:
     from benchmarks.harness.theirs import DiffusersSystem
 
-    return DiffusersSystem.load(setup, compiled=setup.name == "diffusers-compile")
+    return DiffusersSystem.load(setup, compiled=setup.name == "diffusers-compile", wide=setup.name == "diffusers-fp32")
 
 
 def _sglang(setup: Setup) -> System:
@@ -113,11 +113,10 @@ def _sglang(setup: Setup) -> System:
 BENCHMARK_EXTRA, TORCH = "pip install 'flux2-trt[benchmark]'", "pip install torch"
 KINDS: Mapping[str, Kind] = {
     "torch": Kind("our modules by torch", "exact", "torch", TORCH, _torch),
-    "torch-compile": Kind("our modules by torch.compile", "exact", "torch", TORCH, _torch, adapts=False),
+    "torch-compile": Kind("our modules by torch.compile", "exact", "torch", TORCH, _torch),
     "diffusers": Kind("diffusers eager", "exact", "diffusers", BENCHMARK_EXTRA, _diffusers),
-    "diffusers-compile": Kind(
-        "diffusers torch.compile", "exact", "diffusers", BENCHMARK_EXTRA, _diffusers, adapts=False
-    ),
+    "diffusers-compile": Kind("diffusers torch.compile", "exact", "diffusers", BENCHMARK_EXTRA, _diffusers),
+    "diffusers-fp32": Kind("diffusers eager in fp32", "exact", "diffusers", BENCHMARK_EXTRA, _diffusers),
     "sglang": Kind(
         "SGLang diffusion", "exact", "sglang", "pip install 'sglang[diffusion]'", _sglang, same_latents=False
     ),

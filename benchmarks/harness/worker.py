@@ -73,21 +73,6 @@ def _peak_device_bytes() -> int | None:
     return peak
 
 
-class LocalWorker:
-    """A system in this process."""
-
-    def __init__(self, name: str, system: System) -> None:
-        self.name, self._system, self.pid = name, system, os.getpid()
-        self.load_seconds, self.loaded_host_bytes = 0.0, peak_host_bytes()
-        self.facts = system.facts()
-
-    def draw(self, job: Job, watched: bool = False) -> Timed:
-        return timed(self._system, job, watched)
-
-    def close(self) -> None:
-        pass
-
-
 class ProcessWorker:
     """Starts the process and loads the system in it. Raises Flux2Error where either fails, or any later call does."""
 

@@ -47,11 +47,10 @@ def page_of(results: Sequence[Result]) -> str:
 def _device(result: Result) -> str:
     machine = result.identity["machine"]
     gpu = machine.get("gpu")
-    return (
-        str(gpu["name"])
-        if gpu
-        else f"{result.options.get('threads', machine['cores'])} cores of {machine['processor']}"
-    )
+    if gpu:
+        return str(gpu["name"])
+    cores = result.options.get("threads", machine["cores"])
+    return f"{cores} core{'' if cores == 1 else 's'} of {machine['processor']}"
 
 
 def _head(result: Result, title: str) -> str:

@@ -99,16 +99,21 @@ def floor(result: Result) -> str:
     for each in sorted(found, key=lambda each: median(each.step_seconds)):
         step, call = median(each.step_seconds), median(each.seconds)
         share = each.work.step / rate / step
-        rows.append(Row(title_of(result, each.system), color_of(result, each.system), [100 * share]))
         sheet = each.work.floor_seconds
+        record = result.system(each.system)
+        same = result.gemm.number_format == "fp32" or (record is not None and record.track == "exact")
+        if same:
+            rows.append(Row(title_of(result, each.system), color_of(result, each.system), [100 * share]))
         cells.append(
             [
                 title_of(result, each.system),
                 ms(step),
                 f"{each.work.step / step / 1e9:.0f}",
-                ms(each.work.step / rate),
-                percent(share),
-                percent(each.work.call / rate / call),
+                *(
+                    [ms(each.work.step / rate), percent(share), percent(each.work.call / rate / call)]
+                    if same
+                    else [""] * 3
+                ),
                 "" if sheet is None else ms(sheet),
                 "" if sheet is None else percent(sheet / step),
             ]

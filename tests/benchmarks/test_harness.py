@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_stand_ins import CASE, altered, protocol
+from bench_stand_ins import CASE, LocalWorker, altered, protocol
 
 from benchmarks.harness.case import Case
 from benchmarks.harness.comparison import compare
@@ -17,7 +17,6 @@ from benchmarks.harness.monitor import Monitor
 from benchmarks.harness.ours import PipelineSystem
 from benchmarks.harness.result import Result, read_result
 from benchmarks.harness.system import Drawn, Job
-from benchmarks.harness.worker import LocalWorker
 from flux2_trt.errors import Flux2Error
 from flux2_trt.pipeline import Flux2Pipeline
 

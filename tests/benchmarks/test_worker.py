@@ -63,7 +63,7 @@ def test_pictures_are_those_of_diffusers_with_the_same_weights_embeds_and_noise(
 ) -> None:
     from benchmarks.harness.theirs import DiffusersSystem
 
-    theirs = DiffusersSystem.load(Setup("diffusers", "tiny", None, None), compiled=False)
+    theirs = DiffusersSystem.load(Setup("diffusers", "tiny", None, None))
     for references in (0, 1):
         job = inputs.job(replace(CASE, references=references), PROMPT, 1)
         ours, other = PipelineSystem(tiny.bundle).draw(job, True), theirs.draw(job, True)
@@ -79,7 +79,7 @@ def test_a_batch_is_of_that_many_pictures_for_both(tiny: Flux2Pipeline, inputs: 
 
     job = inputs.job(replace(CASE, batch=2), PROMPT, 1)
     ours = PipelineSystem(tiny.bundle).draw(job, False).pictures
-    other = DiffusersSystem.load(Setup("diffusers", "tiny", None, None), compiled=False).draw(job, False).pictures
+    other = DiffusersSystem.load(Setup("diffusers", "tiny", None, None)).draw(job, False).pictures
     assert ours.shape == other.shape == (2, 128, 128, 3)
     assert np.abs(ours.astype(int) - other.astype(int)).max() <= 1 and (ours[0] != ours[1]).any()
 
