@@ -92,11 +92,11 @@ class _Measuring:
         )
 
     def _others_share(self) -> float | None:
-        busy = [reading.busy_seconds for reading in self.readings]
-        if not busy or None in busy:
+        others = [reading.others_seconds for reading in self.readings]
+        if not others or None in others:
             return None
-        own, wall = (sum(getattr(s, name) for s in self.samples) for name in ("cpu_seconds", "seconds"))
-        return max(0.0, (sum(filter(None, busy)) - own) / (wall * usable_cores()))
+        wall = sum(reading.wall_seconds for reading in self.readings)
+        return max(0.0, sum(filter(None, others)) / (wall * usable_cores()))
 
 
 class Harness:
@@ -222,7 +222,7 @@ class Harness:
             for name in _turn(list(running), index):
                 worker, measuring = running[name]
                 with self._failing(worker, f"{scenario}, {case.title}", running):
-                    with self._monitor.watch() as reading:
+                    with self._monitor.watch(worker.pid) as reading:
                         timed = worker.draw(job)
                     measuring.add(timed, reading)
             index += 1

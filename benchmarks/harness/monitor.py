@@ -5,7 +5,9 @@ The GPU is asked through NVML, where nvidia-ml-py is installed; it is tested wit
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,9 +30,11 @@ THROTTLING = {
 
 @dataclass
 class Reading:
-    """Of one watched call. `busy_seconds`: of all cores, by everyone; None where Linux does not tell."""
+    """Of one watched call. `others_seconds`: of all cores, by processes that are not ours; None where Linux does not
+    tell."""
 
-    busy_seconds: float | None = None
+    wall_seconds: float = 0.0
+    others_seconds: float | None = None
     energy_joules: float | None = None
     peak_device_bytes: int | None = None
     clocks_mhz: tuple[int, int] | None = None
@@ -61,10 +65,10 @@ class Monitor:
         return self._nvml is not None
 
     @contextmanager
-    def watch(self) -> Iterator[Reading]:
-        """The reading is complete when the block ends."""
-        reading, done = Reading(), threading.Event()
-        busy, energy = busy_seconds(), self._energy()
+    def watch(self, pid: int) -> Iterator[Reading]:
+        """The reading is complete when the block ends. `pid`: a process that is ours, beside this one."""
+        reading, done, begun = Reading(), threading.Event(), time.perf_counter()
+        others, energy = others_seconds(pid), self._energy()
         sampler = threading.Thread(target=self._sample, args=(reading, done), daemon=True)
         if self._nvml:
             sampler.start()
@@ -74,8 +78,9 @@ class Monitor:
             done.set()
             if self._nvml:
                 sampler.join()
-            after, spent = busy_seconds(), self._energy()
-            reading.busy_seconds = None if busy is None or after is None else after - busy
+            after, spent = others_seconds(pid), self._energy()
+            reading.wall_seconds = time.perf_counter() - begun
+            reading.others_seconds = None if others is None or after is None else after - others
             reading.energy_joules = None if energy is None or spent is None else spent - energy
 
     def _energy(self) -> float | None:
@@ -124,11 +129,16 @@ class Monitor:
         return found
 
 
-def busy_seconds() -> float | None:
-    """Seconds that cores were busy since the start, all cores together, by everyone; None where Linux does not tell."""
-    import os
-
+def others_seconds(pid: int) -> float | None:
+    """Seconds that cores were busy, all together, but for this process and `pid`; None where Linux does not tell."""
     with suppress(OSError, ValueError, IndexError):
         ticks = list(map(int, STAT.read_text(encoding="ascii").splitlines()[0].split()[1:]))
-        return sum(ticks[index] for index in BUSY) / os.sysconf("SC_CLK_TCK")
+        own = sum(_ticks_of(each) for each in {pid, os.getpid()})
+        return (sum(ticks[index] for index in BUSY) - own) / os.sysconf("SC_CLK_TCK")
     return None
+
+
+def _ticks_of(pid: int) -> int:
+    """Of all threads of a process: proc_pid_stat(5), utime and stime, counted after the name, which may have blanks."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

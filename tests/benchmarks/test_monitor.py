@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.harness.monitor import Monitor, busy_seconds
+from benchmarks.harness.monitor import Monitor, _ticks_of, others_seconds
 
 
 class NvmlError(Exception):
@@ -57,7 +60,7 @@ class Nvml:
 
 def test_energy_memory_clocks_and_throttling_of_a_call() -> None:
     monitor = Monitor((Nvml(), "device"))
-    with monitor.watch() as reading:
+    with monitor.watch(os.getpid()) as reading:
         while reading.peak_device_bytes != 30:
             time.sleep(0.01)
     assert reading.energy_joules == pytest.approx(4.0)
@@ -80,17 +83,29 @@ def test_a_driver_that_tells_no_energy_gives_none() -> None:
         def nvmlDeviceGetTotalEnergyConsumption(self, device: str) -> int:
             raise NvmlError("not supported")
 
-    with Monitor((Silent(), "device")).watch() as reading:
+    with Monitor((Silent(), "device")).watch(os.getpid()) as reading:
         pass
     assert reading.energy_joules is None
 
 
-def test_without_a_gpu_there_is_the_work_of_the_cores() -> None:
-    if busy_seconds() is None:
+SPIN = "import time\nwhile time.process_time() < 1.2: pass"
+
+
+def test_the_work_of_others_is_told_from_ours() -> None:
+    """A process that spins for more than a second is someone else's until it is said to be ours."""
+    if others_seconds(os.getpid()) is None:
         pytest.skip("this system has no /proc/stat")
-    with Monitor().watch() as reading:
-        begun = time.process_time()
-        while time.process_time() - begun < 0.3:
-            pass
-    assert reading.busy_seconds is not None and reading.busy_seconds > 0.2
+    with Monitor().watch(os.getpid()) as reading:
+        subprocess.run([sys.executable, "-c", SPIN], check=True)
+    assert reading.others_seconds is not None and reading.others_seconds > 1
+    assert reading.wall_seconds > 1
+    with subprocess.Popen([sys.executable, "-c", f"{SPIN}\ninput()"], stdin=subprocess.PIPE) as ours:
+        before = others_seconds(os.getpid())
+        with Monitor().watch(ours.pid) as reading:
+            while _ticks_of(ours.pid) < os.sysconf("SC_CLK_TCK"):
+                time.sleep(0.05)
+        after = others_seconds(os.getpid())
+        ours.communicate(b"\n")
+    assert before is not None and after is not None and reading.others_seconds is not None
+    assert after - before - reading.others_seconds > 0.8  # its second, and nothing else
     assert reading.energy_joules is None and not reading.throttling and Monitor().identity() is None
