@@ -206,14 +206,17 @@ class Harness:
         running: dict[str, tuple[Worker, _Measuring]] = {}
         for worker in self._taking_part(scenario):
             with self._failing(worker, f"{scenario}, {case.title}"):
-                for index in range(max(1, protocol.warmup)):
-                    seconds = worker.draw(job).seconds
-                    if index == 0:
-                        self._first.setdefault(worker.name, seconds)
-                        self._note(f"  {worker.name}: the first call took {seconds:.1f} s")
+                seconds = worker.draw(job).seconds
+                if worker.name not in self._first:
+                    self._first[worker.name] = seconds
+                    self._note(f"{worker.name}: the first call took {seconds:.1f} s")
                 target = str(worker.facts.get("target", self._options.get("target")))
                 work = work_of_case(self._inputs.spec, case, target, str(worker.facts.get("precision")))
                 running[worker.name] = (worker, _Measuring(worker.name, scenario, case, work))
+        for index in range(1, protocol.warmup):  # in turns too: what compiled first has waited for the others
+            for name in _turn(list(running), index):
+                with self._failing(running[name][0], f"{scenario}, {case.title}", running):
+                    running[name][0].draw(job)
         self._measuring += [measuring for _, measuring in running.values()]
         rounds = self._rounds(scenario, case)
         least = protocol.min_seconds if scenario == "single-stream" else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from benchmarks.harness.statistics import summarize
 from benchmarks.report.svg import (
@@ -24,6 +25,7 @@ from benchmarks.report.svg import (
 
 ROW, BAR = 32, 11
 LEFT, RIGHT = 4, WIDTH - MARGIN_RIGHT
+APART = 14  # of the numbers in a scatter
 PLOT_TOP, PLOT_BOTTOM, PLOT_HEIGHT = 26, 226, 262
 
 
@@ -104,22 +106,21 @@ class Point:
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, label: str) -> str:
-    """Both axes logarithmic; each point with its name, moved where it would lie on another."""
+    """Both axes logarithmic; points have the numbers of their places in `points`, which a legend explains."""
     x = Scale(*padded([point.x for point in points], True), MARGIN_LEFT, RIGHT, True)
     y = Scale(*padded([point.y for point in points], True), PLOT_BOTTOM, PLOT_TOP, True)
     parts = [bottom_axis(x, PLOT_TOP, PLOT_BOTTOM, x_title), left_axis(y, MARGIN_LEFT, RIGHT, y_title)]
-    taken: list[tuple[float, float, float]] = []
-    for point in sorted(points, key=lambda each: (each.y, each.x)):
+    taken: list[tuple[float, float]] = []
+    for number, point in enumerate(points, start=1):
         place_x, place_y = x(point.x), y(point.y)
-        parts.append(element("circle", cx=place_x, cy=place_y, r=4.5, fill=point.color))
-        width = 6.2 * len(point.title)
-        right = place_x + 8 + width < WIDTH
-        begin, height = (place_x + 8 if right else place_x - 8 - width), place_y + 4
-        while any(abs(height - other) < 12 and begin < end and start < begin + width for other, start, end in taken):
-            height -= 12
-        taken.append((height, begin, begin + width))
-        anchor = "start" if right else "end"
-        parts.append(text(place_x + (8 if right else -8), height, point.title, text_anchor=anchor))
+        while any(abs(place_x - a) < APART and abs(place_y - b) < APART for a, b in taken):
+            place_y -= APART  # a line leads from the number to its place
+        taken.append((place_x, place_y))
+        if place_y != y(point.y):
+            parts.append(line(place_x, place_y, place_x, y(point.y), stroke=point.color))
+        dot = element("title", escape(point.title))
+        parts.append(element("circle", dot, cx=place_x, cy=place_y, r=7.5, fill=point.color))
+        parts.append(text(place_x, place_y + 3.5, str(number), class_="number", text_anchor="middle"))
     return drawing(PLOT_HEIGHT, *parts, label=label)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from statistics import median
 
-from benchmarks.harness.result import Result, SystemRecord
+from benchmarks.harness.result import Measurement, Result, SystemRecord
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], texts: Iterable[int] = ()) -> str:
@@ -45,6 +46,12 @@ def megabytes(count: float | None) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
+
+
+def ordered(result: Result, measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The exact systems and then the approximate ones, each from fast to slow."""
+    exact = {system.name for system in result.systems if system.track == "exact"}
+    return sorted(measurements, key=lambda each: (each.system not in exact, median(each.seconds)))
 
 
 APPROXIMATE_COLORS = 4

@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.harness.result import Result
 from benchmarks.report.charts import Point, Row, Series, bars, curves, legend, scatter
-from benchmarks.report.markup import color_of, figure, megabytes, ms, paragraph, percent, table, title_of
+from benchmarks.report.markup import color_of, figure, megabytes, ms, ordered, paragraph, percent, table, title_of
 
 
 def quality(result: Result) -> str:
@@ -49,7 +49,8 @@ def quality(result: Result) -> str:
     charts = []
     if points:
         label = "Speed against quality"
-        chart = scatter(points, "ms for a picture, p50", "error of the final latents, %", label)
+        numbered = {f"{number} {point.title}": point.color for number, point in enumerate(points, start=1)}
+        chart = scatter(points, "ms for a picture, p50", "error of the final latents, %", label) + legend(numbered)
         charts.append(figure(label, chart, "To the left is faster, below is closer to the reference."))
     if series:
         label = "Error of the latents by step"
@@ -96,7 +97,7 @@ def floor(result: Result) -> str:
         return ""
     rate = result.gemm.flops_per_second
     rows, cells = [], []
-    for each in sorted(found, key=lambda each: median(each.step_seconds)):
+    for each in ordered(result, found):
         step, call = median(each.step_seconds), median(each.seconds)
         share = each.work.step / rate / step
         sheet = each.work.floor_seconds

@@ -74,7 +74,9 @@ class Scale:
 
 def plain(value: float) -> str:
     """A number as short as it can be."""
-    return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.0f}"
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 Format = Callable[[float], str]

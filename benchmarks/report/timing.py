@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from benchmarks.harness.goals import outcomes
@@ -17,13 +17,13 @@ from benchmarks.report.charts import (
     legend,
     timelines,
 )
-from benchmarks.report.markup import color_of, figure, ms, paragraph, percent, table, title_of
+from benchmarks.report.markup import color_of, figure, ms, ordered, paragraph, percent, table, title_of
 
-Section = Callable[[Result], str]
-TRACKS: tuple[tuple[Track, str], ...] = (
-    ("exact", "the model's own arithmetic; what differs is rounding"),
-    ("approximate", "quantized: faster or smaller for some error, and never ranked against the exact ones"),
-)
+TRACKS: Mapping[Track, str] = {
+    "exact": "The model's own arithmetic; what differs is rounding.",
+    "approximate": "Quantized: smaller for some error, and faster where a device multiplies in that format. Not to be "
+    "ranked with the exact ones.",
+}
 STAGES = {
     "text": "text",
     "encode": "references",
@@ -47,8 +47,7 @@ GOOD = {"reached": "good", "missed": "bad"}
 
 def _track(result: Result, track: Track, measurements: Sequence[Measurement]) -> list[Measurement]:
     names = {system.name for system in result.systems if system.track == track}
-    chosen = [each for each in measurements if each.system in names]
-    return sorted(chosen, key=lambda each: median(each.seconds))
+    return [each for each in ordered(result, measurements) if each.system in names]
 
 
 def goals(result: Result) -> str:
@@ -78,11 +77,11 @@ def latency(result: Result) -> str:
     if not found:
         return ""
     parts = [f"<h2>Latency</h2>{paragraph(f'One picture at a time: {found[0].case.title}. Milliseconds.', 'soft')}"]
-    for track, what in TRACKS:
+    for track, what in TRACKS.items():
         chosen = _track(result, track, found)
         if not chosen:
             continue
-        parts.append(f"<h3>{track.capitalize()} track</h3>{paragraph(what.capitalize() + '.', 'soft')}")
+        parts.append(f"<h3>{track.capitalize()} track</h3>{paragraph(what, 'soft')}")
         rows = [
             Row(title_of(result, each.system), color_of(result, each.system), [1000 * s for s in each.seconds])
             for each in chosen
@@ -119,7 +118,7 @@ def stages(result: Result) -> str:
     if not found:
         return ""
     rows, splits, cells = [], [], []
-    for each in sorted(found, key=lambda each: median(each.seconds)):
+    for each in ordered(result, found):
         title = title_of(result, each.system)
         seconds = {name: median(each.stage(name)) for name in STAGES if each.stage(name)}
         total = median(each.seconds)
@@ -133,7 +132,8 @@ def stages(result: Result) -> str:
         gap = f"{1000 * median(gaps):.3f}" if gaps else "not told"
         cells.append([title, *(ms(shown[name]) if name in shown else "" for name in STAGES), ms(other), step, gap])
     names = {"encode": "references", "conditioning": "conditioning", "denoise": "denoising", "decode": "decoding"}
-    first = {text: COLORS[name] for name, text in names.items()} | {"other": COLORS["other"]}
+    told = {name for each in found for sample in each.samples for name in sample.stages}
+    first = {text: COLORS[name] for name, text in names.items() if name in told} | {"other": COLORS["other"]}
     second = {
         "steps": f"linear-gradient(90deg, {COLORS['denoise']} 50%, {COLORS['step']} 50%)",
         "host gap": COLORS["gap"],
@@ -179,7 +179,7 @@ def throughput(result: Result) -> str:
     if not found:
         return ""
     parts = [f"<h2>Throughput</h2>{paragraph(f'Offline: {found[0].case.title}.', 'soft')}"]
-    for track, _ in TRACKS:
+    for track in TRACKS:
         chosen = _track(result, track, found)
         if not chosen:
             continue
