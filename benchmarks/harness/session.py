@@ -65,7 +65,9 @@ class Asked:
         """Raises UsageError for a picture that the model does not draw."""
         sampling, axes = spec.sampling, Axes.of(spec)
         default = Case(
-            self.width or sampling.width, self.height or sampling.height, self.steps or sampling.num_inference_steps
+            sampling.width if self.width is None else self.width,
+            sampling.height if self.height is None else self.height,
+            sampling.num_inference_steps if self.steps is None else self.steps,
         )
         axes = Axes(
             axes.sizes if self.sizes is None else self.sizes,
@@ -118,9 +120,11 @@ def check(asked: Asked) -> tuple[str, ...]:
         ("warmup", asked.warmup, 1),
         ("quality-count", asked.quality_count, 0),
         ("offline-batch", asked.offline_batch, 1),
-        ("threads", asked.threads or 1, 1),
+        ("threads", 1 if asked.threads is None else asked.threads, 1),
+        ("min-seconds", asked.min_seconds, 0),
+        ("seed", asked.seed, 0),
     ):
-        if value < least:
+        if not least <= value < 2**64:
             raise UsageError(f"--{name} is {value}; it is at least {least}")
     if asked.threads and asked.threads > usable_cores():
         raise UsageError(f"--threads is {asked.threads}, and this machine lets us use {usable_cores()} cores")
@@ -131,7 +135,7 @@ def measure(asked: Asked, output: Path, build: Build, note: Callable[[str], None
     """Everything; `output` is written again and again on the way. Raises Flux2Error where nothing can be measured."""
     from engines.sources import resolve_source
 
-    systems, threads = check(asked), asked.threads or usable_cores()
+    systems, threads = check(asked), usable_cores() if asked.threads is None else asked.threads
     spec = resolve_source(asked.model, asked.checkpoint).spec
     protocol = asked.protocol(spec)
     monitor = Monitor.find()

@@ -44,6 +44,9 @@ def test_by_default_everything_is_measured_that_there_is() -> None:
         ({"target": "h900"}, "unknown target 'h900'"),
         ({"repeats": 0}, "--repeats is 0; it is at least 1"),
         ({"quality_count": -1}, "--quality-count is -1; it is at least 0"),
+        ({"threads": 0}, "--threads is 0; it is at least 1"),
+        ({"seed": -1}, "--seed is -1; it is at least 0"),
+        ({"min_seconds": float("nan")}, "--min-seconds is nan; it is at least 0"),
         ({"threads": 4000}, "--threads is 4000, and this machine lets us use"),
         ({"pythons": {"sglang": "/python"}, "systems": ("plans:fp32",)}, "--python names sglang, which is not among"),
     ],
@@ -57,6 +60,8 @@ def test_bad_values_are_refused_with_what_is_allowed(change: Mapping[str, Any], 
 def test_a_picture_that_the_model_does_not_draw_is_refused() -> None:
     with pytest.raises(UsageError, match="1024"):
         replace(Asked(), width=1024).protocol(published_spec("tiny"))
+    with pytest.raises(UsageError, match="--steps is 0"):
+        replace(Asked(), steps=0).protocol(published_spec("tiny"))
     with pytest.raises(UsageError, match="1024"):
         replace(Asked(), sizes=((1024, 1024),)).protocol(published_spec("tiny"))
 
