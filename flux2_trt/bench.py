@@ -66,8 +66,8 @@ def measure(
     console = console_for(json, quiet)
     with _needing_benchmarks():
         from benchmarks.harness.case import parse_counts, parse_scenarios, parse_sizes
-        from benchmarks.harness.session import Asked
-        from benchmarks.harness.session import measure as run
+        from benchmarks.harness.measure import Asked
+        from benchmarks.harness.measure import measure as run
         from benchmarks.harness.summary import lines_of, values_of
         from flux2_trt.runner import build_bundle
 

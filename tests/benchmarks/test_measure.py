@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.measure import Asked, check, default_systems, measure
 from benchmarks.harness.result import read_result
-from benchmarks.harness.session import Asked, check, default_systems, measure
 from flux2_trt.errors import Flux2Error, UsageError
 from flux2_trt.models import published_spec
 from flux2_trt.pipeline import Flux2Pipeline

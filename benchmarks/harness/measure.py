@@ -1,4 +1,4 @@
-"""Session: from what was asked on the command line to a result on disk."""
+"""Measure: from what was asked on the command line to a result on disk."""
 
 from __future__ import annotations
 
