@@ -20,14 +20,14 @@ from flux2_trt.store import Store
 def made_again(made: Parameters, options: RunOptions) -> RunOptions:
     """`options` with all that they leave open taken from what the picture `options.like` says.
 
-    The bundle that made it is asked for if it is here; references are looked for beside it, and in this folder. Raises
+    The bundle that made it is asked for if it is here, unless LoRAs are given; references are looked for beside it, and in this folder. Raises
     UsageError where one is missing, or for a value that no option allows.
     """
     assert options.like is not None
     if made.references and not options.image:
         options = replace(options, image=find_references(made.references, (options.like.parent, Path())))
     found = options_like(made, options)
-    if options.model is None and options.bundle is None:
+    if options.model is None and options.bundle is None and not options.lora:
         for bundle in Store().list():
             if bundle.ok and bundle.key == made.model_key and bundle.target == RUNNABLE_TARGET:
                 return replace(found, model=None, bundle=bundle.path)
