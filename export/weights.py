@@ -19,7 +19,7 @@ import onnx
 import torch
 
 from export.conversion import NO_SCALES, STORED_DTYPES, Converter, Scales
-from export.graph import Graph, ScaleSlot, WeightSlot
+from export.graph import Graph, ScaleSlot, Slots, WeightSlot
 from export.journal import Journal
 from export.quantize import INT4_DTYPE
 from export.tensor_source import SCALES, TRANSPOSED, TensorSource
@@ -34,7 +34,7 @@ Span = tuple[int, int]
 
 
 def write_weights(
-    graph: Graph,
+    graph: Graph | Slots,
     source: TensorSource,
     path: Path,
     scales: Scales = NO_SCALES,

@@ -20,8 +20,8 @@ from flux2_trt.store import Store
 def made_again(made: Parameters, options: RunOptions) -> RunOptions:
     """`options` with all that they leave open taken from what the picture `options.like` says.
 
-    The bundle that made it is asked for if it is here, unless LoRAs are given; references are looked for beside it, and in this folder. Raises
-    UsageError where one is missing, or for a value that no option allows.
+    The bundle that made it is asked for if it is here and no LoRA is given; references are looked for beside it, and in
+    this folder. Raises UsageError where one is missing, or for a value that no option allows.
     """
     assert options.like is not None
     if made.references and not options.image:

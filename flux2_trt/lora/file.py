@@ -157,18 +157,23 @@ class _Content:
         known = targets(spec)
         problems: Problems = defaultdict(list, {title: list(keys) for title, keys in self.strangers.items()})
         found: dict[str, list[Delta]] = defaultdict(list)
+        layers: dict[Target, tuple[str, dict[Role, list[str]]]] = {}  # a layer may go by several names
         for module, roles in self.modules.items():
-            keys = [key for group in roles.values() for key in group]
             if module not in known:
-                problems["not known"] += keys
-            elif any(len(group) > 1 for group in roles.values()):
-                problems["the same twice"] += keys
+                problems["not known"] += [key for keys in roles.values() for key in keys]
+                continue
+            _, there = layers.setdefault(known[module], (module, {}))
+            for role, keys in roles.items():
+                there.setdefault(role, []).extend(keys)
+        for target, (module, roles) in layers.items():
+            if any(len(keys) > 1 for keys in roles.values()):
+                problems["the same twice"] += [key for keys in roles.values() for key in keys]
             elif set(roles) - {"alpha"} not in ({"diff"}, {"down", "up"}):
-                problems["incomplete"] += keys
-            elif problem := self._problem(known[module], {role: key for role, (key,) in roles.items()}):
+                problems["not a down with an up, nor a diff"] += [key for keys in roles.values() for key in keys]
+            elif problem := self._problem(target, {role: key for role, (key,) in roles.items()}):
                 problems[problem[0]].append(problem[1])
             else:
-                target, tensors = known[module], {role: self.tensors[key] for role, (key,) in roles.items()}
+                tensors = {role: self.tensors[key] for role, (key,) in roles.items()}
                 factor = self._factor(module, tensors)
                 rows_of = tensors["diff"] if "diff" in tensors else tensors["up"]
                 for rows in target.rows:
@@ -197,9 +202,9 @@ class _Content:
         if "diff" in tensors:
             return 1.0
         rank = tensors["down"].shape[0]
-        return (
-            float(tensors["alpha"].float32().item()) / rank if "alpha" in tensors else self.config.factor(module, rank)
-        )
+        if "alpha" in tensors:
+            return float(tensors["alpha"].float32().item()) / rank
+        return self.config.factor(module, rank)
 
     def not_finite(self, deltas: Mapping[str, tuple[Delta, ...]]) -> Iterator[tuple[str, str]]:
         """Keys whose tensors hold NaN or infinity."""
