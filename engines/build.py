@@ -244,7 +244,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     compiling = [ENGINES / name for name in ("components.py", "shapes.py", "tensorrt.py")]
     reading = [PACKAGE / f"{name}.py" for name in ("checkpoint", "naming", "quantized", "tensor_file")]
-    reading += PACKAGE.glob("lora/*.py")
+    reading += [PACKAGE / "lora" / f"{name}.py" for name in ("file", "folding", "keys")]
     for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py"), *compiling, *reading]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -227,8 +227,9 @@ class Runner:
         import numpy as np
 
         from flux2_trt.imprint import imprint
-        from flux2_trt.provenance import Parameters, Reference
+        from flux2_trt.provenance import Parameters, Reference, UsedLora
 
+        loras = pipeline.bundle.manifest.loras
         bits: list[int | None] = []
         assert options.prompt is not None
         references = tuple(Reference(path.name, sha256) for path, sha256 in zip(options.image, hashes, strict=True))
@@ -246,6 +247,7 @@ class Runner:
                 sigmas=options.sigmas,
                 references=references,
                 image_index=index,
+                loras=tuple(UsedLora(lora["file"], lora["sha256"], lora["strength"]) for lora in loras),
             )
             file = imprint(np.asarray(image), format_of(name), parameters, wanted, ingredients)
             write_file(name, file.data, overwrite=True)  # the name is ours

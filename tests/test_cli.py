@@ -119,6 +119,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
         max_batch: int = 1
         max_references: int = 1
         plans: str = "whole"
+        loras: tuple[object, ...] = ()
         output: Path | None = None
 
     def build(request, on_progress, on_phase):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from diffusers_models import flow_scheduler, small_autoencoder, small_spec, smal
 from lora_files import Tensors, bfl_linears, kohya_keys, linears, named, peft_keys, random_layers, write
 from peft import LoraConfig, get_peft_model
 
+from export.tensor_source import RandomSource
 from flux2_trt.checkpoint import Checkpoint
-from flux2_trt.lora.file import Lora
+from flux2_trt.lora.file import Delta, Lora
 from flux2_trt.lora.folding import FoldedSource
 from flux2_trt.lora.request import LoraRequest
 from flux2_trt.spec import ModelSpec
+from flux2_trt.tensor_file import TensorFile
 
 # fp32 on both sides; sums over a rank of 4 in another order.
 ROUNDING = 1e-6
@@ -258,3 +261,23 @@ def test_bf16_and_fp16_files_are_read_exactly(folder, spec, tmp_path):
         )
         for name in wide.touched:
             np.testing.assert_array_equal(narrow.read(name), wide.read(name))
+
+
+def test_memory_follows_the_rows_that_are_read(tmp_path):
+    """And the rank; numpy's allocations are traced."""
+    rows, columns, rank = 8192, 512, 8
+    up, down = torch.randn(rows, rank), torch.randn(rank, columns)
+    file = TensorFile(write(tmp_path / "a.safetensors", {"up": up, "down": down}))
+    delta = Delta(0, file.tensors["up"], file.tensors["down"], 1.0)
+    lora = Lora(LoraRequest(Path("a")), {"x": (delta,)})
+    base = RandomSource(0, {"x": (rows, columns)})
+    folded = FoldedSource(base, [lora])
+    whole = 4 * rows * columns
+    tracemalloc.start()
+    try:
+        for first in range(0, rows, 128):
+            folded.read("x", first, first + 128)
+        folded.largest("x")
+        assert tracemalloc.get_traced_memory()[1] < whole
+    finally:
+        tracemalloc.stop()
