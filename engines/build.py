@@ -59,8 +59,8 @@ class BuildRequest:
     loras: tuple[LoraRequest, ...] = ()
     output: Path | None = None
 
-    def said(self) -> dict[str, Any]:
-        """All but the LoRAs and the store, as JSON values with absolute paths: what builds the same again."""
+    def recorded(self) -> dict[str, Any]:
+        """All but the LoRAs and the store, as JSON values with absolute paths: what builds the same with LoRAs."""
         values = {name: value for name, value in vars(self).items() if name not in ("loras", "output")}
         for name in ("model", "checkpoint", "calibration"):
             values[name] = values[name] and _absolute(str(values[name]))
@@ -186,7 +186,7 @@ def _made(
                 asset = draft.asset_path(source.tokenizer.name)
                 asset.write_bytes(source.tokenizer.read_bytes())
                 assets.append(draft.record(asset))
-            made_from = {REQUEST: request.said()} | ({BASE: base_key} if base_key else {})
+            made_from = {REQUEST: request.recorded()} | ({BASE: base_key} if base_key else {})
             draft.finish(records, assets, source=identity | made_from)
     return draft.bundle, reused
 

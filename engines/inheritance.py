@@ -35,18 +35,16 @@ def inherit(
     """
     records = [record for record in base.manifest.components if record.name.partition(".")[0] == component]
     old, new = base.weights_path(records[0].name), draft.weights_path(component)
-    new.unlink(missing_ok=True)  # what an interrupted build left, which had no base
     weights = records[0].weights
-    if old is None:
-        if FAMILY_OF[component] == "transformer":
-            on_progress(f"the weights of {component} are in its plan: it is compiled again with the LoRAs")
-            return None
-    elif names := touched & read_spans(old).keys():
+    if old is None and FAMILY_OF[component] == "transformer":
+        on_progress(f"the weights of {component} are in its plan: it is compiled again with the LoRAs")
+        return None
+    new.unlink(missing_ok=True)  # what an interrupted build left, which had no base
+    if old and (names := touched & read_spans(old).keys()):
         on_progress(f"writing the weights of {component}: {len(names)} that LoRAs change, all others as they are")
         rewrite_weights(old, new, names, source, scales)
         weights = draft.record(new)
-    else:
-        assert weights
+    elif old and weights:
         draft.adopt(weights, old)
     for record in records:
         draft.adopt(record.plan, base.plan_path(record.name))

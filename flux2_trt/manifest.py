@@ -28,7 +28,7 @@ WeightPlacement = Literal["bound", "embedded", "external"]
 SYNTHETIC = "random"  # the key of a manifest's `source` that holds the seed of made-up weights
 LORAS = "loras"  # the key of a manifest's `source` that lists the LoRAs in the weights: file, sha256 and strength
 BASE = "base"  # the key of a manifest's `source` that holds the key of the bundle without the LoRAs
-REQUEST = "request"  # the key of a manifest's `source` with what the model was called by when it was built
+REQUEST = "request"  # the key of a manifest's `source` that holds the request, with which it is built again with LoRAs
 UNCOMPILED = "none"  # the compiler of a plan that is still a graph
 PART_NAMES = frozenset(f"transformer.{part}" for part in TRANSFORMER_PARTS)
 
@@ -148,7 +148,7 @@ class ComponentRecord:
 class Manifest:
     """What `bundle.json` says.
 
-    `source`: where the weights came from (path or repository, revision, hashes, seed). `created`: ISO 8601 with zone.
+    `source`: where the weights came from (request, revision, hashes, seed, LoRAs). `created`: ISO 8601 with zone.
     The file also carries `digest`, the sha256 of everything else in it, so that a flipped byte in a size of the model
     is found and not drawn.
     """

@@ -42,7 +42,7 @@ def test_an_empty_value_goes_back_to_the_default(name):
 
 
 def test_an_unknown_key_lists_the_known_ones():
-    with pytest.raises(UsageError, match=r"unknown option 'colour'.*prompt, model, bundle, lora, backend, image, width"):
+    with pytest.raises(UsageError, match=r"unknown option 'colour'.*prompt, model, bundle, lora, backend, image"):
         assigned("colour=red")
 
 
