@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -97,10 +97,13 @@ def lora_identity(request: LoraRequest) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Config:
-    """What peft says of a LoRA beside its tensors: alpha, by module where there are exceptions."""
+    """What peft says of a LoRA beside its tensors: alpha, and exceptions by patterns that fit the names of modules.
+
+    As in peft, a pattern fits all of a name, or its end after a dot.
+    """
 
     alpha: float | None = None
-    by_module: Mapping[str, float] | None = None
+    by_module: Mapping[re.Pattern[str], float] = field(default_factory=dict)
     rank_stabilized: bool = False
 
     @staticmethod
@@ -116,8 +119,11 @@ class _Config:
             values = {key.removeprefix(TRANSFORMER): value for key, value in values.items()}
             used = [key for key in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora") if values.get(key)]
             alpha, patterns = values["lora_alpha"], values.get("alpha_pattern") or {}
-            config = _Config(float(alpha), {k: float(v) for k, v in patterns.items()}, bool(values.get("use_rslora")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            by_module = {re.compile(rf"(.*\.)?({pattern})"): float(value) for pattern, value in patterns.items()}
+            config = _Config(float(alpha), by_module, bool(values.get("use_rslora")))
+            if not all(math.isfinite(value) for value in (float(alpha), *by_module.values())):
+                raise ValueError("alpha is not finite")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
             raise CheckpointError(f"what {where} says of peft's configuration cannot be read ({error!r})") from error
         if used:
             raise CheckpointError(f"{where} says {', '.join(used)}, which is not folded; give a plain LoRA")
@@ -127,9 +133,7 @@ class _Config:
         """alpha / rank, or as peft's rsLoRA has it, alpha / sqrt(rank)."""
         if self.alpha is None:
             return 1.0
-        # peft: a pattern fits the end of a module's name, after a dot
-        patterns = (self.by_module or {}).items()
-        alpha = next((a for pattern, a in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module)), self.alpha)
+        alpha = next((a for pattern, a in self.by_module.items() if pattern.fullmatch(module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 

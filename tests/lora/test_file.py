@@ -157,8 +157,14 @@ def test_a_checkpoint_is_no_lora(tmp_path):
 def test_what_peft_says_besides_alpha_is_not_ignored(tmp_path, used):
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4, f"transformer.{used}": True})}
     assert f"says {used}, which is not folded" in refusal(tmp_path, sound(), metadata=metadata)
-    assert "cannot be read" in refusal(tmp_path, sound(), metadata={"lora_adapter_metadata": "{"})
-    assert "cannot be read" in refusal(tmp_path, sound(), metadata={"lora_adapter_metadata": "{}"})
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{", "{}", "[]", '{"lora_alpha": NaN}', '{"lora_alpha": 1, "alpha_pattern": {"(": 1}}', '{"lora_alpha": []}'],
+)
+def test_what_peft_cannot_have_written_is_refused(tmp_path, config):
+    assert "cannot be read" in refusal(tmp_path, sound(), metadata={"lora_adapter_metadata": config})
 
 
 def test_files_that_are_none(tmp_path):
