@@ -268,9 +268,9 @@ class Flux2Pipeline:
                 f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target "
                 f"{self.bundle.manifest.target}: flux2-trt build {shlex.quote(str(self.bundle.path))}"
             )
-        from flux2_trt.runtime.gpu import GpuRuntime
+        from flux2_trt.runtime.placement import runtime_on_this_machine
 
-        return GpuRuntime.on_this_machine(self.bundle)
+        return runtime_on_this_machine(self.bundle)
 
     def _tokens(self, side: int) -> int:
         return side // self.spec.autoencoder.pixels_per_token

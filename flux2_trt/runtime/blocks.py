@@ -180,7 +180,8 @@ class BlockStep:
         return [name for name in ("img", "txt", "hidden") if name in self._tensors.of]
 
     def enqueue(self, turn: int) -> None:
-        if self._streamed and self._broken:
+        if self._streamed and self._broken:  # a step ended in its middle: the slots hold whatever it got to
+            self._lane.synchronize()
             self._streamed.fill_first()
         self._broken = True  # until every copy of this step is in its stream
         self._step(turn)
