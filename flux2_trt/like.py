@@ -24,8 +24,13 @@ def made_again(made: Parameters, options: RunOptions) -> RunOptions:
     UsageError where one is missing, or for a value that no option allows.
     """
     assert options.like is not None
+    folders = (options.like.parent, Path())
     if made.references and not options.image:
-        options = replace(options, image=find_references(made.references, (options.like.parent, Path())))
+        options = replace(options, image=find_references(made.references, folders))
+    encoded_anew = options.text_encoder is not None or options.upsample != "none"
+    if made.prompt_embeds and options.prompt_embeds is None and options.prompt in (None, made.prompt):
+        if not encoded_anew:
+            options = replace(options, prompt_embeds=_find(made.prompt_embeds, folders, "it with --prompt-embeds"))
     found = options_like(made, options)
     if options.model is None and options.bundle is None:
         for bundle in Store().list():
@@ -40,7 +45,14 @@ def options_like(made: Parameters, options: RunOptions) -> RunOptions:
     Another model, or a bundle that was asked for, keeps its own steps, sigmas and guidance. Raises UsageError for
     values that no option allows.
     """
-    texts = {"prompt": made.prompt, "seed": str(made.seed), "watermark": made.watermark or "off"}
+    prompt = made.prompt
+    if options.upsample != "none" and made.original_prompt is not None:
+        prompt = made.original_prompt  # to be rewritten anew
+    texts = {
+        "prompt": prompt,
+        "seed": str(made.seed),
+        "watermark": made.watermark or "off",
+    }
     if options.bundle is None:
         texts["model"] = made.model
     if options.match_image is None:
@@ -59,10 +71,10 @@ def options_like(made: Parameters, options: RunOptions) -> RunOptions:
 
 def find_references(references: Sequence[Reference], folders: Sequence[Path]) -> tuple[Path, ...]:
     """The files of `references`, by name and content, each from the first folder that has it. Raises UsageError."""
-    return tuple(_find(reference, folders) for reference in references)
+    return tuple(_find(reference, folders, "every reference with --image, in order") for reference in references)
 
 
-def _find(reference: Reference, folders: Sequence[Path]) -> Path:
+def _find(reference: Reference, folders: Sequence[Path], advice: str) -> Path:
     name = Path(reference.name).name  # a file from elsewhere may say anything
     for folder in folders:
         path = folder / name
@@ -70,6 +82,6 @@ def _find(reference: Reference, folders: Sequence[Path]) -> Path:
             if os.path.isfile(path) and file_sha256(path) == reference.sha256:
                 return path
     raise UsageError(
-        f"the reference {reference.name!r} (SHA-256 {reference.sha256[:12]}…) is neither beside the picture nor in "
-        "this folder; give every reference with --image, in order"
+        f"the file {reference.name!r} (SHA-256 {reference.sha256[:12]}…) is neither beside the picture nor in this "
+        f"folder; give {advice}"
     )

@@ -1,0 +1,224 @@
+"""LanguageModel: the whole model of which a text encoder is the lower part, run by transformers: to write and to judge.
+
+Loaded when it is first asked and kept until it is released. Where there is a CUDA device it computes there and waits in
+host memory in between, so that the picture has the device to itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flux2_trt.download import ENVIRONMENT
+from flux2_trt.errors import CheckpointError, Flux2Error, UsageError
+from flux2_trt.images import one_line
+from flux2_trt.sampling import Sampling
+from flux2_trt.spec import ModelSpec
+from flux2_trt.upsampling import Answer, UpsamplingError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CONFIG = "config.json"
+IMAGE_TOKEN = "[IMG]"  # which in a prompt would stand for a picture that is not there; the reference takes it out too
+GENERATION_PARAMETERS = ("top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """A folder or a repository of the Hugging Face hub: of the model, and of the processor or tokenizer."""
+
+    model: str
+    processor: str
+
+    @property
+    def name(self) -> str:
+        """Without the folders above: for metadata."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+
+def place_of(spec: ModelSpec, given: str | None, environment: Mapping[str, str] = os.environ) -> ModelPlace:
+    """`given`, a folder or a repository; else the folder in `TEXT_ENCODER_PATH`; else the published text encoder.
+
+    Raises UsageError where there is none that could write.
+    """
+    if given:
+        return _folder(Path(given)) if Path(given).is_dir() else ModelPlace(given, given)
+    variable = ENVIRONMENT["text_encoder"]
+    if path := environment.get(variable):
+        if Path(path).expanduser().is_dir():
+            return _folder(Path(path).expanduser())
+        raise UsageError(
+            f"{variable}={path} is no folder of a whole language model, with a {CONFIG}; give one by --upsample-model"
+        )
+    if spec.source is None or not spec.source.text_encoder_repo:
+        raise UsageError(
+            f"the text encoder of {spec.name} is no language model that writes; give one by --upsample-model, or "
+            "--upsample openrouter"
+        )
+    return ModelPlace(spec.source.text_encoder_repo, spec.source.tokenizer_repo)
+
+
+def _folder(path: Path) -> ModelPlace:
+    """Of transformers, or of diffusers with the model in `text_encoder`."""
+    if (path / CONFIG).is_file():
+        return ModelPlace(str(path), str(path))
+    if (path / "text_encoder" / CONFIG).is_file():
+        beside = next((name for name in ("processor", "tokenizer") if (path / name).is_dir()), "text_encoder")
+        return ModelPlace(str(path / "text_encoder"), str(path / beside))
+    raise UsageError(f"{path} has no {CONFIG}; give the folder of a language model, with its tokenizer")
+
+
+class LanguageModel:
+    """A `Rewriter`, and a judge that says yes or no; both as the reference does it (flux2 `text_encoder.py`)."""
+
+    def __init__(self, place: ModelPlace, sampling: Sampling | None = None) -> None:
+        self._place, self._sampling = place, sampling or Sampling()
+        unknown = sorted(set(self._sampling.others) - set(GENERATION_PARAMETERS))
+        if unknown:
+            raise UsageError(
+                f"a local language model has no parameter {', '.join(unknown)}; known are temperature, max_tokens, "
+                f"{', '.join(GENERATION_PARAMETERS)}"
+            )
+        self._loaded: tuple[Any, Any] | None = None
+        self._sees: bool | None = None
+
+    @property
+    def name(self) -> str:
+        return f"local {self._place.name}"
+
+    @property
+    def sees(self) -> bool:
+        """Whether it can be shown pictures, by its config alone."""
+        if self._sees is None:
+            transformers = _transformers()
+            with _advice(self._place):
+                config = transformers.AutoConfig.from_pretrained(self._place.model)
+            self._sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        return self._sees
+
+    def rewrite(self, instructions: str, prompt: str, picture: Image.Image | None) -> Answer:
+        """Raises UpsamplingError where it fails, CheckpointError or Flux2Error where the model cannot be had."""
+        import torch
+
+        with self._asked(instructions, [*([picture] if picture else []), prompt]) as (model, processor, inputs):
+            warm = self._sampling.temperature > 0
+            others = self._sampling.others if warm else {}
+            try:
+                with torch.inference_mode():
+                    written = model.generate(
+                        **inputs,
+                        max_new_tokens=self._sampling.max_tokens,
+                        do_sample=warm,
+                        **({"temperature": self._sampling.temperature} if warm else {}),
+                        **others,
+                    )
+            except (RuntimeError, ValueError, IndexError) as error:  # no memory left, or a picture that does not fit
+                raise UpsamplingError(f"{self.name} failed: {one_line(error)}") from error
+            new = written[0, inputs["input_ids"].shape[1] :]
+            tokenizer = getattr(processor, "tokenizer", processor)
+            return Answer(
+                tokenizer.decode(new, skip_special_tokens=True), complete=len(new) < self._sampling.max_tokens
+            )
+
+    def says_yes(self, instructions: str, content: list[str | Image.Image]) -> bool:
+        """Whether "yes" is likelier than "no" as the first word of the answer. Raises Flux2Error."""
+        import torch
+
+        with self._asked(instructions, content) as (model, processor, inputs):
+            tokenizer = getattr(processor, "tokenizer", processor)
+            yes, no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("yes", "no"))
+            try:
+                with torch.inference_mode():
+                    scores = model(**inputs, use_cache=False).logits[0, -1].float()
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise Flux2Error(f"{self.name} could not be asked: {one_line(error)}") from error
+            likely = {"yes": scores[yes].item(), "no": scores[no].item()}
+            if yes == no or not torch.isfinite(scores[[yes, no]]).all():
+                raise Flux2Error(f"{self.name} does not tell yes from no ({likely})")
+            return likely["yes"] > likely["no"]
+
+    def release(self) -> None:
+        """Gives its memory back; it loads again when it is asked again."""
+        self._loaded = None
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _asked(self, instructions: str, content: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
+        model, processor = self._loaded or self._load()
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        inputs = _inputs(processor, instructions, content, pictures=self.sees)
+        try:
+            model.to(device)
+            yield model, processor, inputs.to(device, model.dtype)
+        finally:
+            model.to("cpu")
+
+    def _load(self) -> tuple[Any, Any]:
+        transformers = _transformers()
+        sees = self.sees
+        kinds = (
+            (transformers.AutoModelForImageTextToText, transformers.AutoProcessor)
+            if sees
+            else (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+        )
+        with _advice(self._place):
+            # No code of a repository is run, and no pickle read.
+            model = kinds[0].from_pretrained(self._place.model, dtype="auto", use_safetensors=True)
+            processor = kinds[1].from_pretrained(self._place.processor)
+        self._loaded = model.eval(), processor
+        return self._loaded
+
+
+def _inputs(processor: Any, instructions: str, content: list[Any], pictures: bool) -> Any:
+    texts = [part.replace(IMAGE_TOKEN, "") if isinstance(part, str) else part for part in content]
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    if pictures:
+        parts = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+            for part in texts
+        ]
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": instructions}]},
+            {"role": "user", "content": parts},
+        ]
+    else:
+        messages = [
+            {"role": "system", "content": instructions},
+            {"role": "user", "content": "\n\n".join(part for part in texts if isinstance(part, str))},
+        ]
+        options["enable_thinking"] = False  # Qwen3; other templates do not look at it
+    return processor.apply_chat_template(messages, return_tensors="pt", **options)
+
+
+def _transformers() -> Any:
+    try:
+        import torch  # noqa: F401 (transformers imports without it, and then fails late)
+        import transformers
+    except ModuleNotFoundError as error:
+        raise Flux2Error(
+            f"a local language model needs the package {error.name!r}; pip install 'flux2-trt[language]'"
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _advice(place: ModelPlace) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:  # what transformers raises for nearly anything
+        raise CheckpointError(
+            f"the language model {place.model} cannot be loaded ({one_line(error)}); download it where there is a "
+            f"network: hf download {place.model}, or give the folder of one"
+        ) from error
