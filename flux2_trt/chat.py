@@ -33,21 +33,25 @@ SENT_HEADERS = frozenset(
 
 
 class ChatEndpoint:
-    """A `Rewriter` at an endpoint. `model`: None asks the endpoint for the only one that it has."""
+    """A `Rewriter` at an endpoint. `model`: None asks the endpoint for the only one that it has.
+
+    `at` is what metadata call the endpoint. Raises Flux2Error where the client is not installed.
+    """
 
     sees = True
 
     def __init__(self, endpoint: Endpoint, model: str | None, sampling: Sampling | None = None, at: str = "endpoint"):
         self._endpoint, self._model, self._at = endpoint, model, at
         self._sampling = sampling or Sampling()
+        self._library = _client_library()
 
     @property
     def name(self) -> str:
         return f"{self._at} {self._model}" if self._model else self._at
 
     def rewrite(self, instructions: str, prompt: str, picture: Image.Image | None) -> Answer:
-        """Raises UpsamplingError for anything but an answer, Flux2Error where the client is not installed."""
-        openai = _client_library()
+        """Raises UpsamplingError for anything but an answer, UsageError where the endpoint has several models."""
+        openai = self._library
         with _client(openai, self._endpoint) as client:
             try:
                 self._model = self._model or _only_model(client, self._endpoint)
@@ -56,6 +60,8 @@ class ChatEndpoint:
                     messages=_messages(instructions, prompt, picture),
                     extra_body=self._sampling.to_dict(),
                 )
+            except _TooMuch as cut:
+                raise UpsamplingError(f"{self._endpoint.url} gave {cut}") from None
             except openai.OpenAIError as error:
                 # Without the cause: it holds the request, and the request the key.
                 raise UpsamplingError(_reason(openai, error, self._endpoint)) from None
@@ -157,8 +163,6 @@ def _reason(openai: Any, error: Any, endpoint: Endpoint) -> str:
     where, cause = endpoint.url, error.__cause__
     if isinstance(error, openai.APITimeoutError):
         return f"{where} gave no answer within {endpoint.seconds:g} s"
-    if isinstance(cause, _TooMuch):
-        return f"{where} gave {cause}"
     if isinstance(error, openai.APIConnectionError):
         return f"{where} cannot be reached ({endpoint.line(cause or error)})"
     if isinstance(error, openai.APIStatusError):

@@ -48,11 +48,9 @@ def options_like(made: Parameters, options: RunOptions) -> RunOptions:
     prompt = made.prompt
     if options.upsample != "none" and made.original_prompt is not None:
         prompt = made.original_prompt  # to be rewritten anew
-    texts = {
-        "prompt": prompt,
-        "seed": str(made.seed),
-        "watermark": made.watermark or "off",
-    }
+    texts = {"seed": str(made.seed), "watermark": made.watermark or "off"}
+    if prompt or made.prompt_embeds is None:  # of embeds from elsewhere, the prompt can be unknown
+        texts["prompt"] = prompt
     if options.bundle is None:
         texts["model"] = made.model
     if options.match_image is None:

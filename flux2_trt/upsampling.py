@@ -119,7 +119,7 @@ def upsample(prompt: str, references: Sequence[Image.Image], rewriter: Rewriter,
 
 def prompt_of(answer: Answer) -> str:
     """The prompt in an answer, without thoughts, fences and quotes around it. Raises UpsamplingError for no prompt."""
-    text = _THOUGHT.sub("", answer.text).strip()
+    text = _THOUGHT.sub("", answer.text).replace("\r\n", "\n").strip()
     if fenced := _FENCE.fullmatch(text):
         text = fenced[1].strip()
     if len(text) > 1 and text[0] + text[-1] in ('""', "“”") and not set('"“”') & set(text[1:-1]):
