@@ -110,7 +110,7 @@ def read_embeds(path: Path) -> PromptEmbeds:
     try:
         return _embeds(TensorFile(path))
     except CheckpointError as error:
-        raise UsageError(str(error).replace("download it again", "encode the prompts again")) from None
+        raise UsageError(f"{str(error).partition(';')[0]}; make one with: flux2-trt encode PROMPT -o FILE") from None
 
 
 def from_bytes(data: bytes, name: str) -> PromptEmbeds:

@@ -42,10 +42,15 @@ class ModelPlace:
         return Path(self.model).name if Path(self.model).is_dir() else self.model
 
 
-def place_of(spec: ModelSpec, given: str | None, environment: Mapping[str, str] = os.environ) -> ModelPlace:
+def place_of(
+    spec: ModelSpec,
+    given: str | None,
+    environment: Mapping[str, str] = os.environ,
+    option: str = "--upsample-model",
+) -> ModelPlace:
     """`given`, a folder or a repository; else the folder in `TEXT_ENCODER_PATH`; else the published text encoder.
 
-    Raises UsageError where there is none that could write.
+    Raises UsageError, which names `option`, where there is none that could write.
     """
     if given:
         return _folder(Path(given)) if Path(given).is_dir() else ModelPlace(given, given)
@@ -54,11 +59,11 @@ def place_of(spec: ModelSpec, given: str | None, environment: Mapping[str, str] 
         if Path(path).expanduser().is_dir():
             return _folder(Path(path).expanduser())
         raise UsageError(
-            f"{variable}={path} is no folder of a whole language model, with a {CONFIG}; give one by --upsample-model"
+            f"{variable}={path} is no folder of a whole language model, with a {CONFIG}; give one by {option}"
         )
     if spec.source is None or not spec.source.text_encoder_repo:
         raise UsageError(
-            f"the text encoder of {spec.name} is no language model that writes; give one by --upsample-model, or "
+            f"the text encoder of {spec.name} is no language model that writes; give one by {option}, or "
             "--upsample openrouter"
         )
     return ModelPlace(spec.source.text_encoder_repo, spec.source.tokenizer_repo)
@@ -77,8 +82,9 @@ def _folder(path: Path) -> ModelPlace:
 class LanguageModel:
     """A `Rewriter`, and a judge that says yes or no; both as the reference does it (flux2 `text_encoder.py`)."""
 
-    def __init__(self, place: ModelPlace, sampling: Sampling | None = None) -> None:
-        self._place, self._sampling = place, sampling or Sampling()
+    def __init__(self, place: ModelPlace, sampling: Sampling | None = None, option: str = "--upsample-model") -> None:
+        """`option`: what names another model, for messages. Raises UsageError for parameters that are unknown here."""
+        self._place, self._sampling, self._option = place, sampling or Sampling(), option
         unknown = sorted(set(self._sampling.others) - set(GENERATION_PARAMETERS))
         if unknown:
             raise UsageError(
@@ -97,7 +103,7 @@ class LanguageModel:
         """Whether it can be shown pictures, by its config alone."""
         if self._sees is None:
             transformers = _transformers()
-            with _advice(self._place):
+            with self._advice():
                 config = transformers.AutoConfig.from_pretrained(self._place.model)
             self._sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return self._sees
@@ -108,7 +114,6 @@ class LanguageModel:
 
         with self._asked(instructions, [*([picture] if picture else []), prompt]) as (model, processor, inputs):
             warm = self._sampling.temperature > 0
-            others = self._sampling.others if warm else {}
             try:
                 with torch.inference_mode():
                     written = model.generate(
@@ -116,7 +121,7 @@ class LanguageModel:
                         max_new_tokens=self._sampling.max_tokens,
                         do_sample=warm,
                         **({"temperature": self._sampling.temperature} if warm else {}),
-                        **others,
+                        **self._sampling.others,
                     )
             except (RuntimeError, ValueError, IndexError) as error:  # no memory left, or a picture that does not fit
                 raise UpsamplingError(f"{self.name} failed: {one_line(error)}") from error
@@ -158,10 +163,12 @@ class LanguageModel:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        inputs = _inputs(processor, instructions, content, pictures=self.sees)
+        inputs = _inputs(processor, instructions, content, pictures=self.sees).to(device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         try:
             model.to(device)
-            yield model, processor, inputs.to(device, model.dtype)
+            yield model, processor, inputs
         finally:
             model.to("cpu")
 
@@ -173,12 +180,25 @@ class LanguageModel:
             if sees
             else (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
         )
-        with _advice(self._place):
+        with self._advice():
             # No code of a repository is run, and no pickle read.
             model = kinds[0].from_pretrained(self._place.model, dtype="auto", use_safetensors=True)
             processor = kinds[1].from_pretrained(self._place.processor)
         self._loaded = model.eval(), processor
         return self._loaded
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:  # a processor of pictures can need torchvision
+            raise Flux2Error(f"{one_line(error).partition('. ')[0]}; pip install 'flux2-trt[language]'") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            model = self._place.model
+            raise CheckpointError(
+                f"the language model {model} cannot be loaded ({one_line(error).partition('. ')[0]}); download it "
+                f"where there is a network: hf download {model}, or give the folder of one by {self._option}"
+            ) from error
 
 
 def _inputs(processor: Any, instructions: str, content: list[Any], pictures: bool) -> Any:
@@ -211,14 +231,3 @@ def _transformers() -> Any:
             f"a local language model needs the package {error.name!r}; pip install 'flux2-trt[language]'"
         ) from error
     return transformers
-
-
-@contextmanager
-def _advice(place: ModelPlace) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, ImportError) as error:  # what transformers raises for nearly anything
-        raise CheckpointError(
-            f"the language model {place.model} cannot be loaded ({one_line(error)}); download it where there is a "
-            f"network: hf download {place.model}, or give the folder of one"
-        ) from error

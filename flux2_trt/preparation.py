@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flux2_trt.safety import ContentChecks
 
 GUIDED = "classifier_free"
+JUDGE_OPTION = "--safety-model"
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,12 @@ def content_checks(options: RunOptions, manifest: Manifest, tested: bool) -> Con
     if (options.safety or ("on" if tested else "off")) == "off":
         return None
     from flux2_trt.language_model import LanguageModel, place_of
-    from flux2_trt.safety import published_checks
+    from flux2_trt.safety import JUDGE, published_checks
 
     prompt = manifest.model.prompt
     own = options.safety_model or (prompt and prompt.template == "mistral")  # the judge is the text encoder's model
-    return published_checks(LanguageModel(place_of(manifest.model, options.safety_model)) if own else None)
+    place = place_of(manifest.model, options.safety_model, option=JUDGE_OPTION) if own else JUDGE
+    return published_checks(LanguageModel(place, option=f"{JUDGE_OPTION}, or give --safety off"))
 
 
 def _given(path: Path, options: RunOptions) -> PromptEmbeds:

@@ -144,8 +144,8 @@ class Classifier:
         scores = {each["label"]: each["score"] for each in found}
         if self.unsafe not in scores or not math.isfinite(scores[self.unsafe]):
             raise Flux2Error(f"the classifier {self.model} does not say how likely {self.unsafe!r} is: {list(scores)}")
-        if scores[self.unsafe] > self.threshold:
-            return f"it may not be safe for work (a classifier's {scores[self.unsafe]:.2f}, from {self.threshold:g} on)"
+        if (score := scores[self.unsafe]) > self.threshold:
+            return f"it may not be safe for work (a classifier's {score:.2f} of 1, above {self.threshold:g})"
         return None
 
     def release(self) -> None:
@@ -162,12 +162,13 @@ class Classifier:
 def _advice(model: str) -> Iterator[None]:
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise Flux2Error(
-            f"content checks need the package {error.name!r}; pip install 'flux2-trt[language]', or give --safety off"
+            f"content checks: {one_line(error).partition('. ')[0]}; pip install 'flux2-trt[language]', or give "
+            "--safety off"
         ) from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"the classifier {model} cannot be loaded ({one_line(error)}); download it where there is a network: "
-            f"hf download {model}, or give --safety off"
+            f"the classifier {model} cannot be loaded ({one_line(error).partition('. ')[0]}); download it where there "
+            f"is a network: hf download {model}, or give --safety off"
         ) from error
