@@ -56,7 +56,7 @@ class Output:
     guidance_scale: float
     truncated: tuple[bool, ...]
     timings: dict[str, float]
-    refused: tuple[str | None, ...] = ()
+    refused: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
