@@ -82,8 +82,8 @@ def test_an_edit_of_two_references_rewritten_marked_signed_and_made_again(monkey
     with answering(completion("the shape of image 1 in the colour of image 2")) as endpoint:
         result = flux2(
             "run", "mix them", "--image", "a.png", "--image", "b.png", "--upsample", endpoint.url,
-            "--upsample-model", "m",            "--watermark", "on", "--seed", "3", "-o", "c.png", "--c2pa-cert", signing["certificate"],
-            "--c2pa-key", signing["key"],
+            "--upsample-model", "m", "--watermark", "on", "--seed", "3", "-o", "c.png",
+            "--c2pa-cert", signing["certificate"], "--c2pa-key", signing["key"],
         )  # fmt: skip
     assert (result.exit_code, result.stdout) == (0, "c.png\n")
     [asked] = endpoint.asked
