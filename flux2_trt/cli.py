@@ -289,8 +289,9 @@ def encode(
     prompts: Annotated[list[str], typer.Argument(help="Texts, each a prompt.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.")],
     model: Annotated[str | None, typer.Option(help="Model, by name; its newest bundle is used.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Bundle folder; one with only a text encoder will do.")] = None,
+    bundle: Annotated[str | None, typer.Option(help="Bundle folder; one with only a text encoder will do.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="URL of a text encoder elsewhere.")] = None,
+    endpoint_timeout: Annotated[str | None, typer.Option(help="Seconds to wait for its answer (default: 120).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -299,15 +300,13 @@ def encode(
 
     The file holds the prompts as text too.
     """
-    from flux2_trt.runner import Runner
+    from flux2_trt.encoding import encode_file
 
     console = _console(json, quiet)
-    options = options_from_texts(
-        {"model": model, "bundle": None if bundle is None else str(bundle), "text_encoder": text_encoder}
-    )
-    report = Runner(console, overwrite).encode(prompts, output, options)
+    given = {"model": model, "bundle": bundle, "text_encoder": text_encoder, "endpoint_timeout": endpoint_timeout}
+    report = encode_file(console, prompts, output, options_from_texts(given), overwrite)
     console.line(output)
-    console.object(report)
+    console.object(asdict(report))
 
 
 @app.command("inspect")

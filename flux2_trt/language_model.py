@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 IMAGE_TOKEN = "[IMG]"  # which in a prompt would stand for a picture that is not there; the reference takes it out too
+OTHERWISE = "give the folder of one by --upsample-model"
 GENERATION_PARAMETERS = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -46,11 +47,11 @@ def place_of(
     spec: ModelSpec,
     given: str | None,
     environment: Mapping[str, str] = os.environ,
-    option: str = "--upsample-model",
+    otherwise: str | None = None,
 ) -> ModelPlace:
     """`given`, a folder or a repository; else the folder in `TEXT_ENCODER_PATH`; else the published text encoder.
 
-    Raises UsageError, which names `option`, where there is none that could write.
+    Raises UsageError, which says what to do `otherwise`, where there is none that could write.
     """
     if given:
         return _folder(Path(given)) if Path(given).is_dir() else ModelPlace(given, given)
@@ -59,12 +60,12 @@ def place_of(
         if Path(path).expanduser().is_dir():
             return _folder(Path(path).expanduser())
         raise UsageError(
-            f"{variable}={path} is no folder of a whole language model, with a {CONFIG}; give one by {option}"
+            f"{variable}={path} is no folder of a whole language model, with a {CONFIG}; {otherwise or OTHERWISE}"
         )
     if spec.source is None or not spec.source.text_encoder_repo:
         raise UsageError(
-            f"the text encoder of {spec.name} is no language model that writes; give one by {option}, or "
-            "--upsample openrouter"
+            f"the text encoder of {spec.name} is no language model that writes; "
+            + (otherwise or f"{OTHERWISE}, or --upsample openrouter")
         )
     return ModelPlace(spec.source.text_encoder_repo, spec.source.tokenizer_repo)
 
@@ -82,9 +83,9 @@ def _folder(path: Path) -> ModelPlace:
 class LanguageModel:
     """A `Rewriter`, and a judge that says yes or no; both as the reference does it (flux2 `text_encoder.py`)."""
 
-    def __init__(self, place: ModelPlace, sampling: Sampling | None = None, option: str = "--upsample-model") -> None:
-        """`option`: what names another model, for messages. Raises UsageError for parameters that are unknown here."""
-        self._place, self._sampling, self._option = place, sampling or Sampling(), option
+    def __init__(self, place: ModelPlace, sampling: Sampling | None = None, otherwise: str = OTHERWISE) -> None:
+        """`otherwise`: what else can be done, for messages. Raises UsageError for parameters that are unknown here."""
+        self._place, self._sampling, self._otherwise = place, sampling or Sampling(), otherwise
         unknown = sorted(set(self._sampling.others) - set(GENERATION_PARAMETERS))
         if unknown:
             raise UsageError(
@@ -102,17 +103,19 @@ class LanguageModel:
     def sees(self) -> bool:
         """Whether it can be shown pictures, by its config alone."""
         if self._sees is None:
-            transformers = _transformers()
             with self._advice():
+                import torch  # noqa: F401 (transformers imports without it, and then fails late)
+                import transformers
+
                 config = transformers.AutoConfig.from_pretrained(self._place.model)
             self._sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return self._sees
 
     def rewrite(self, instructions: str, prompt: str, picture: Image.Image | None) -> Answer:
         """Raises UpsamplingError where it fails, CheckpointError or Flux2Error where the model cannot be had."""
-        import torch
-
         with self._asked(instructions, [*([picture] if picture else []), prompt]) as (model, processor, inputs):
+            import torch
+
             warm = self._sampling.temperature > 0
             try:
                 with torch.inference_mode():
@@ -133,9 +136,9 @@ class LanguageModel:
 
     def says_yes(self, instructions: str, content: list[str | Image.Image]) -> bool:
         """Whether "yes" is likelier than "no" as the first word of the answer. Raises Flux2Error."""
-        import torch
-
         with self._asked(instructions, content) as (model, processor, inputs):
+            import torch
+
             tokenizer = getattr(processor, "tokenizer", processor)
             yes, no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("yes", "no"))
             try:
@@ -150,6 +153,8 @@ class LanguageModel:
 
     def release(self) -> None:
         """Gives its memory back; it loads again when it is asked again."""
+        if self._loaded is None:
+            return
         self._loaded = None
         gc.collect()
         import torch
@@ -173,8 +178,9 @@ class LanguageModel:
             model.to("cpu")
 
     def _load(self) -> tuple[Any, Any]:
-        transformers = _transformers()
         sees = self.sees
+        import transformers
+
         kinds = (
             (transformers.AutoModelForImageTextToText, transformers.AutoProcessor)
             if sees
@@ -192,12 +198,13 @@ class LanguageModel:
         try:
             yield
         except ImportError as error:  # a processor of pictures can need torchvision
-            raise Flux2Error(f"{one_line(error).partition('. ')[0]}; pip install 'flux2-trt[language]'") from error
+            missing = one_line(error).partition(". ")[0]
+            raise Flux2Error(f"{missing}; pip install 'flux2-trt[language]', or {self._otherwise}") from error
         except (OSError, ValueError, RuntimeError) as error:
             model = self._place.model
             raise CheckpointError(
                 f"the language model {model} cannot be loaded ({one_line(error).partition('. ')[0]}); download it "
-                f"where there is a network: hf download {model}, or give the folder of one by {self._option}"
+                f"where there is a network: hf download {model}, or {self._otherwise}"
             ) from error
 
 
@@ -220,14 +227,3 @@ def _inputs(processor: Any, instructions: str, content: list[Any], pictures: boo
         ]
         options["enable_thinking"] = False  # Qwen3; other templates do not look at it
     return processor.apply_chat_template(messages, return_tensors="pt", **options)
-
-
-def _transformers() -> Any:
-    try:
-        import torch  # noqa: F401 (transformers imports without it, and then fails late)
-        import transformers
-    except ModuleNotFoundError as error:
-        raise Flux2Error(
-            f"a local language model needs the package {error.name!r}; pip install 'flux2-trt[language]'"
-        ) from error
-    return transformers

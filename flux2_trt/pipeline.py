@@ -138,8 +138,7 @@ class Flux2Pipeline:
         of the first reference, else the model's default. `sigmas`: noise levels before the shift, one per step.
         `latents`: noise [B, C, h, w] fp32 in place of the seed's; `prompt_embeds` [B, T, context_dim] fp32 in place of
         prompts, and `negative_prompt_embeds` [1, T, context_dim] in place of the empty prompt's, where guidance takes
-        them.
-        Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed.
+        them. Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed.
         `callback_on_step_end(pipeline, step, timestep, {"latents": [b, C, h, w]})` may return other latents.
 
         Raises UsageError (ImageError for a reference) for values that are not allowed, ContentError for a prompt or

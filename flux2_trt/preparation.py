@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flux2_trt.safety import ContentChecks
 
 GUIDED = "classifier_free"
-JUDGE_OPTION = "--safety-model"
+UNCHECKED = "give the folder of one by --safety-model, or --safety off"
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def content_checks(options: RunOptions, manifest: Manifest, tested: bool) -> Con
     from flux2_trt.language_model import LanguageModel, place_of
     from flux2_trt.safety import JUDGE, published_checks
 
-    prompt = manifest.model.prompt
-    own = options.safety_model or (prompt and prompt.template == "mistral")  # the judge is the text encoder's model
-    place = place_of(manifest.model, options.safety_model, option=JUDGE_OPTION) if own else JUDGE
-    return published_checks(LanguageModel(place, option=f"{JUDGE_OPTION}, or give --safety off"))
+    spec = manifest.model
+    is_own = spec.source is not None and spec.source.text_encoder_repo == JUDGE.model  # and may lie in a folder
+    place = place_of(spec, options.safety_model, otherwise=UNCHECKED) if options.safety_model or is_own else JUDGE
+    return published_checks(LanguageModel(place, otherwise=UNCHECKED))
 
 
 def _given(path: Path, options: RunOptions) -> PromptEmbeds:

@@ -24,7 +24,7 @@ from flux2_trt.torch_file import MAGIC, read_tensor
 
 KEY = "TEXT_ENCODER_API_KEY"
 HUGGING_FACE = ".huggingface.co"  # whose token goes to nobody else: .huggingface.cloud are endpoints of anybody
-ACCEPTED = "application/vnd.safetensors, application/octet-stream;q=0.5"
+ACCEPTED = "application/vnd.safetensors, application/octet-stream;q=0.5, */*;q=0.1"
 OVERHEAD_BYTES = 2**20  # around the numbers of an answer: a zip archive's, or a header with its prompt
 ATTEMPTS = 3
 RETRIED = (429, 500, 502, 503, 504)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,41 +134,11 @@ class Runner:
             bits = self._write(pipeline, options, wording, output, hashes, names, on_written, wanted, ingredients)
         return self._report(pipeline, options, wording, output, names, bits)
 
-    def encode(self, prompts: Sequence[str], output: Path, options: RunOptions) -> dict[str, Any]:
-        """Write the embeds of `prompts` to a file; the report as plain values. Raises Flux2Error."""
-        from flux2_trt.embeds import PromptEmbeds, distinct, encoder_identity, to_bytes
-        from flux2_trt.preparation import GUIDED, encoded_at
-
-        if output.suffix != ".safetensors":
-            raise UsageError(f"{str(output)!r} is no .safetensors name; give for example {output.stem}.safetensors")
-        if not self._overwrite and output.exists():
-            raise UsageError(f"{str(output)!r} exists and is kept; choose another name, or add --overwrite")
-        prompts = distinct(prompts)
+    def open(self, options: RunOptions) -> Flux2Pipeline:
+        """The pipeline that `options` ask for, kept until they ask for another. Raises Flux2Error."""
         self._introduce(options)
         folder, _ = self._locate(options)
-        pipeline = self._load(folder, options.backend)
-        manifest, truncated = pipeline.bundle.manifest, [False] * len(prompts)
-        if options.text_encoder is not None:
-            made = encoded_at(options, manifest, prompts)
-        else:
-            with self._console.clean_results():
-                embeds, cut = pipeline.encode_prompt(prompts)
-                guided = manifest.model.sampling.guidance_kind == GUIDED
-                negative = pipeline.encode_prompt([""])[0] if guided else None
-            truncated = list(cut)
-            made = PromptEmbeds(embeds, negative, tuple(prompts), encoder_identity(manifest), manifest.model.name)
-        write_file(output, to_bytes(made), self._overwrite)
-        for prompt, is_cut in zip(prompts, truncated, strict=True):
-            if is_cut:
-                self._console.warn(f"{prompt[:40]!r}… is longer than {manifest.model.name} reads; its end was cut off")
-        return {
-            "embeds": str(output),
-            "prompts": list(prompts),
-            "shape": list(made.embeds.shape),
-            "model": manifest.model.name,
-            "text_encoder": made.text_encoder,
-            "truncated": truncated,
-        }
+        return self._load(folder, options.backend)
 
     def _checks(self, options: RunOptions, pipeline: Flux2Pipeline) -> ContentChecks | None:
         if self._own_checks is not None:

@@ -65,7 +65,6 @@ class ContentChecks:
 
     prompt: Callable[[str], str | None] = lambda prompt: None
     picture: Callable[[Image.Image], str | None] = lambda picture: None
-    release: Callable[[], None] = lambda: None
 
     def require_prompt(self, prompt: str, name: str = "the prompt") -> None:
         """Raises ContentError where it is refused."""
@@ -93,11 +92,7 @@ def published_checks(judge: LanguageModel | None = None, classifier: Classifier 
     def picture(shown: Image.Image) -> str | None:
         return classify(shown) or (_about_picture(asked, shown) if asked.sees else None)
 
-    def release() -> None:
-        classify.release()
-        asked.release()
-
-    return ContentChecks(_remembering(prompt, lambda text: text), _remembering(picture, _digest), release)
+    return ContentChecks(_remembering(prompt, lambda text: text), _remembering(picture, _digest))
 
 
 def _remembering(check: Callable[[Any], str | None], key: Callable[[Any], Any]) -> Callable[[Any], str | None]:
@@ -147,9 +142,6 @@ class Classifier:
         if (score := scores[self.unsafe]) > self.threshold:
             return f"it may not be safe for work (a classifier's {score:.2f} of 1, above {self.threshold:g})"
         return None
-
-    def release(self) -> None:
-        self._loaded = None
 
     def _load(self) -> Any:
         with _advice(self.model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,10 @@ def test_where_the_model_is_found(seer: Path, tmp_path: Path) -> None:
 def test_parameters_that_a_local_model_does_not_have_are_refused(seer: Path) -> None:
     with pytest.raises(UsageError, match="frequency_penalty"):
         model(seer, others={"frequency_penalty": 1})
+
+
+def test_without_transformers_the_extra_is_named_and_what_else_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    asked = LanguageModel(ModelPlace("a/b", "a/b"), otherwise="do without")
+    with pytest.raises(Flux2Error, match=r"transformers.*'flux2-trt\[language\]', or do without"):
+        asked.says_yes("check", ["a cube"])

@@ -28,10 +28,10 @@ import engines.components
 from engines.build import BuildRequest, build
 from flux2_trt.console import Console
 from flux2_trt.embeds import encoder_identity, read_embeds
+from flux2_trt.encoding import encode_file
 from flux2_trt.errors import Interrupted, UsageError
 from flux2_trt.options import RunOptions
 from flux2_trt.pipeline import Flux2Pipeline as OurPipeline
-from flux2_trt.runner import Runner
 
 Floats = NDArray[np.float32]
 
@@ -389,7 +389,7 @@ def test_embeds_of_both_prompts_stand_in_for_them(base: Pair, tmp_path: Path) ->
     ours, size = base.ours, {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
     expected = ours("a cat", guidance_scale=4.0, **size).images
     path = tmp_path / "e.safetensors"
-    Runner(Console(quiet=True)).encode(["a cat"], path, RunOptions(bundle=ours.bundle.path))
+    encode_file(Console(quiet=True), ["a cat"], path, RunOptions(bundle=ours.bundle.path))
     made = read_embeds(path).checked(ours.spec, encoder_identity(ours.bundle.manifest), "the file")
     given: dict[str, Any] = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative, **size}
     np.testing.assert_array_equal(ours(guidance_scale=4.0, **given).images, expected)

@@ -30,8 +30,6 @@ class Judge:
             return pictures[0].getpixel((0, 0)) == self.colour
         return self.word in content[0]
 
-    def release(self) -> None: ...
-
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
