@@ -1,7 +1,7 @@
 """LanguageModel: the whole model of which a text encoder is the lower part, run by transformers: to write and to judge.
 
-Loaded when it is first asked and kept until it is released. Where there is a CUDA device it computes there and waits in
-host memory in between, so that the picture has the device to itself.
+Loaded when it is first asked and kept until it is released. Where a CUDA device has room for it, it computes there, and
+it waits in host memory in between, so that the picture has the device to itself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 IMAGE_TOKEN = "[IMG]"  # which in a prompt would stand for a picture that is not there; the reference takes it out too
+ROOM = 1.2  # times its weights, for what it computes
 OTHERWISE = "give the folder of one by --upsample-model"
 GENERATION_PARAMETERS = ("top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -167,7 +168,9 @@ class LanguageModel:
         model, processor = self._loaded or self._load()
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu"
+        if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > ROOM * model.get_memory_footprint():
+            device = "cuda"
         inputs = _inputs(processor, instructions, content, pictures=self.sees).to(device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

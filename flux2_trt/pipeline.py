@@ -193,15 +193,15 @@ class Flux2Pipeline:
             ]
 
             # 5. Denoise and decode, one picture at a time: a seed gives the same bits whatever is made beside it
-            results: list[NDArray[Any]] = []
-            refused: list[str | None] = []
+            results = []
             for picture in pictures:
                 final = self._denoise(picture, unconditional, guidance, levels, clock, callback_on_step_end)
                 with clock.stage("vae_decoder"):
                     results.append(final if output_type == "latent" else self._decode(final))
-                refused.append(None if output_type == "latent" else self._refusal(results[-1]))
-                if refused[-1]:
-                    results[-1] = np.zeros_like(results[-1])
+
+            # 6. Look at what came of it
+            refused = tuple(None if output_type == "latent" else self._refusal(result) for result in results)
+            results = [np.zeros_like(result) if why else result for result, why in zip(results, refused, strict=True)]
         return Output(
             images=_as_output(np.concatenate(results), output_type),
             seed=base_seed,
@@ -212,7 +212,7 @@ class Flux2Pipeline:
             guidance_scale=guidance,
             truncated=truncated,
             timings=clock.seconds,
-            refused=tuple(refused),
+            refused=refused,
         )
 
     def engine(self, component: Component) -> Engine:
