@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +44,7 @@ def run(pipeline: Flux2Pipeline, config: EvaluationConfig) -> tuple[dict[str, fl
             latents: Trajectory = []
 
             def keep(
-                _pipeline: object, _step: int, _timestep: float, tensors: dict, kept: Trajectory = latents
+                _pipeline: object, _step: int, _timestep: float, tensors: Mapping, kept: Trajectory = latents
             ) -> None:
                 kept.append(tensors["latents"].copy())
 

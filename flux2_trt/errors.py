@@ -25,19 +25,23 @@ class CheckpointError(Flux2Error):
     """A checkpoint that is missing, unreadable, or of another model. Exit code 1."""
 
 
-class DeviceMemoryError(Flux2Error):
-    """A device with too little memory, found before any of it was taken. Exit code 1."""
+class BundleError(Flux2Error):
+    """No bundle fits, or the one that was found is damaged or of another version. Exit code 3."""
+
+    exit_code = 3
+
+
+class DeviceError(Flux2Error):
+    """A GPU that is missing, unfit or failed. Exit code 1."""
+
+
+class DeviceMemoryError(DeviceError):
+    """Less memory is free than is needed, or than was asked for. Exit code 1."""
 
     def __init__(self, message: str, needed_bytes: int, free_bytes: int) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
-
-
-class BundleError(Flux2Error):
-    """No bundle fits, or the one that was found is damaged or of another version. Exit code 3."""
-
-    exit_code = 3
 
 
 class Interrupted(Flux2Error):

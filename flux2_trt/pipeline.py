@@ -7,6 +7,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux2_trt.bundle import Bundle
-from flux2_trt.errors import BundleError, Flux2Error, Interrupted, UsageError
+from flux2_trt.errors import BundleError, Interrupted, UsageError
 from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
 from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
-from flux2_trt.manifest import UNCOMPILED
 from flux2_trt.noise import noise_batch, picture_seeds
-from flux2_trt.runtime.engine import BACKENDS, PLANS, RUNNABLE_TARGET, Backend, Engine
+from flux2_trt.runtime.denoiser import Trajectory
+from flux2_trt.runtime.engine import BACKENDS, PLANS, RUNNABLE_TARGET, Backend, Engine, Runtime
+from flux2_trt.runtime.host import HostRuntime
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
 from flux2_trt.store import Store
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Reference = str | Path | Image.Image | NDArray[np.uint8]
 OutputType = Literal["pil", "np", "latent"]
-StepCallback = Callable[["Flux2Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+StepCallback = Callable[["Flux2Pipeline", int, float, Mapping[str, Any]], Mapping[str, Any] | None]
 UNCONDITIONAL = ""
 
 
@@ -79,6 +81,49 @@ class _Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+class _StepLatents(Mapping[str, Any]):
+    """{"latents": [b, C, h, w]}, read from the device only if somebody looks: the host then waits for it."""
+
+    def __init__(self, read: Callable[[], Floats]) -> None:
+        self._read = read
+
+    def __getitem__(self, name: str) -> Floats:
+        if name != "latents":
+            raise KeyError(name)
+        return self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("latents",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+class _Decoding:
+    """Pictures on their way from latents, in order; `overlaps`: by a thread, while the next one is denoised."""
+
+    def __init__(self, overlaps: bool) -> None:
+        self._executor = ThreadPoolExecutor(1, "decode") if overlaps else None
+        self._results: list[Callable[[], NDArray[Any]]] = []
+
+    def put(self, decode: Callable[[Floats], NDArray[Any]], latents: Floats) -> None:
+        if self._executor:
+            self._results.append(self._executor.submit(decode, latents).result)
+        else:
+            picture = decode(latents)
+            self._results.append(lambda: picture)
+
+    def results(self) -> list[NDArray[Any]]:
+        return [result() for result in self._results]
+
+    def __enter__(self) -> _Decoding:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor:
+            self._executor.shutdown(cancel_futures=True)
+
+
 class Flux2Pipeline:
     """A bundle, ready to make pictures. Engines load when they are first needed and stay.
 
@@ -88,12 +133,13 @@ class Flux2Pipeline:
     `content_checks` look at prompts, references and pictures (`flux2_trt.safety`); there are none unless they are set.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend = PLANS) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend = PLANS, runtime: Runtime | None = None) -> None:
+        """`runtime`: in place of the one that `backend` names."""
         if backend not in BACKENDS:
             raise UsageError(f"backend {backend!r} is not known; give {', '.join(BACKENDS)}")
         self.bundle, self.backend = bundle, backend
         self.spec: ModelSpec = bundle.manifest.model
-        self._engines: dict[str, Engine] = {}
+        self._runtime = runtime
         self._tokenizer: PromptTokenizer | None = None
         self._interrupted = False
         self.content_checks: ContentChecks | None = None
@@ -193,11 +239,13 @@ class Flux2Pipeline:
             ]
 
             # 5. Denoise and decode, one picture at a time: a seed gives the same bits whatever is made beside it
-            results = []
-            for picture in pictures:
-                final = self._denoise(picture, unconditional, guidance, levels, clock, callback_on_step_end)
+            with _Decoding(self.runtime.overlaps) as decoding:
+                for picture in pictures:
+                    final = self._denoise(picture, unconditional, guidance, levels, clock, callback_on_step_end)
+                    with clock.stage("vae_decoder"):
+                        decoding.put((lambda latents: latents) if output_type == "latent" else self._decode, final)
                 with clock.stage("vae_decoder"):
-                    results.append(final if output_type == "latent" else self._decode(final))
+                    results = decoding.results()
 
             # 6. Look at what came of it
             refused = tuple(None if output_type == "latent" else self._refusal(result) for result in results)
@@ -217,38 +265,32 @@ class Flux2Pipeline:
 
     def engine(self, component: Component) -> Engine:
         """The engine of a component, loaded if it was not yet."""
-        if component not in self._engines:
-            load = self._plan_engine if self.backend == PLANS else self._torch_engine
-            self._engines[component] = load(component)
-        return self._engines[component]
+        return self.runtime.engine(component)
 
-    def _plan_engine(self, component: Component) -> Engine:
-        record = self.bundle.component(component)
-        if record.compiler == UNCOMPILED:
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the bundle, made when it is first needed."""
+        if self._runtime is None:
+            self._runtime = self._made_runtime()
+        return self._runtime
+
+    def close(self) -> None:
+        """Frees what was loaded; the next call loads it again."""
+        if self._runtime is not None:
+            runtime, self._runtime = self._runtime, None
+            runtime.close()
+
+    def _made_runtime(self) -> Runtime:
+        if self.backend != PLANS or self.bundle.manifest.target == RUNNABLE_TARGET:
+            return HostRuntime(self.bundle, self.backend)
+        if not self.bundle.manifest.is_compiled:
             raise BundleError(
                 f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target "
                 f"{self.bundle.manifest.target}: flux2-trt build {shlex.quote(str(self.bundle.path))}"
             )
-        if record.compiler != "onnxruntime":
-            raise BundleError(
-                f"{self.bundle.path} was compiled by {record.compiler}, which this version does not run; build it "
-                f"for the CPU: flux2-trt build {self.spec.name} --target cpu"
-            )
-        from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
+        from flux2_trt.runtime.placement import runtime_on_this_machine
 
-        weights = self.bundle.weights_path(component)
-        assert weights is not None
-        return OnnxRuntimeEngine(self.bundle.plan_path(component), weights)
-
-    def _torch_engine(self, component: Component) -> Engine:
-        try:
-            from flux2_trt.runtime.torch import TorchEngine
-        except ModuleNotFoundError as error:
-            raise Flux2Error(
-                f"backend {self.backend} needs the package {error.name!r}, which is not installed; pip install torch, "
-                "or leave the backend out"
-            ) from error
-        return TorchEngine.from_bundle(self.bundle, component, compiled=self.backend == "torch-compile")
+        return runtime_on_this_machine(self.bundle)
 
     def _tokens(self, side: int) -> int:
         return side // self.spec.autoencoder.pixels_per_token
@@ -387,40 +429,53 @@ class Flux2Pipeline:
         """The Euler loop of one picture; returns latents [1, C, h, w]."""
         _, height, width = picture.noise.shape
         image_tokens = height * width
-        embeds = [picture.embeds] if unconditional is None else [unconditional, picture.embeds]
-        batch = len(embeds)
-        with clock.stage("conditioning"):
-            inputs = {"timestep": levels[:-1].astype(np.float32), "prompt_embeds": np.stack(embeds)}
-            if self.spec.transformer.guidance_embeds:
-                inputs["guidance"] = np.full(len(levels) - 1, guidance, np.float32)
-            conditioned = self.engine("conditioning").run(inputs)
-            table, text_tokens = conditioned["modulation"], conditioned["text_tokens"]
-            grids = [latents.shape[:2] for latents in picture.references]
-            ids = position_ids(text_tokens.shape[1], height, width, grids)
-            cos, sin = rotary_tables(ids, self.spec.transformer.axes_dim, self.spec.transformer.theta)
-        with clock.stage("denoise"):
-            references = [latents.reshape(1, -1, latents.shape[-1]) for latents in picture.references]
-            tokens = np.concatenate([pack(picture.noise[None]), *references], axis=1).repeat(batch, axis=0)
-            steps = np.diff(levels.astype(np.float32))
-            dt = np.zeros((len(steps), tokens.shape[1]), np.float32)
-            dt[:, :image_tokens] = steps[:, None]
-            static: dict[str, NDArray[Any]] = {"text_tokens": text_tokens, "cos": cos, "sin": sin}
-            static |= {"modulation": table, "dt": dt}
-            if self.spec.sampling.guidance_kind == "classifier_free":
-                static["guidance_mix"] = _guidance_mix(batch, guidance)
-            for index in range(len(steps)):
-                if self._interrupted:
-                    raise Interrupted(f"stopped after {index} of {len(steps)} steps")
-                step = np.array([index], np.int32)
-                tokens = self.engine("transformer").run({"latents": tokens, "step": step, **static})["updated_latents"]
-                if callback is not None:
-                    latents = unpack(tokens[:1, :image_tokens], height, width)
-                    changed = callback(self, index, float(levels[index]), {"latents": latents}) or {}
-                    if "latents" in changed:
-                        tokens[:, :image_tokens] = pack(np.asarray(changed["latents"], np.float32))
-        return unpack(tokens[:1, :image_tokens], height, width)
+        embeds = np.stack([picture.embeds] if unconditional is None else [unconditional, picture.embeds])
+        grids = [latents.shape[:2] for latents in picture.references]
+        references = [latents.reshape(1, -1, latents.shape[-1]) for latents in picture.references]
+        tokens = np.concatenate([pack(picture.noise[None]), *references], axis=1).repeat(len(embeds), axis=0)
+        steps = np.diff(levels.astype(np.float32))
+        dt = np.zeros((len(steps), tokens.shape[1]), np.float32)
+        dt[:, :image_tokens] = steps[:, None]
+        size, sampling = self.spec.transformer, self.spec.sampling
+        ids = position_ids(embeds.shape[1], height, width, grids)
+        cos, sin = rotary_tables(ids, size.axes_dim, size.theta)
+        trajectory = Trajectory(
+            timestep=levels[:-1].astype(np.float32),
+            guidance=np.full(len(steps), guidance, np.float32) if size.guidance_embeds else None,
+            prompt_embeds=embeds,
+            tokens=tokens,
+            dt=dt,
+            cos=cos,
+            sin=sin,
+            guidance_mix=_guidance_mix(len(embeds), guidance) if sampling.guidance_kind == "classifier_free" else None,
+        )
 
-    def _refusal(self, pixels: NDArray[np.uint8]) -> str | None:
+        def on_step(index: int, read: Callable[[], Floats]) -> Floats | None:
+            changed = None
+            if callback is not None:
+                changed = self._call_back(callback, index, float(levels[index]), read, (height, width))
+            if self._interrupted and index + 1 < len(steps):
+                raise Interrupted(f"stopped after {index + 1} of {len(steps)} steps")
+            return changed
+
+        if self._interrupted:
+            raise Interrupted(f"stopped after 0 of {len(steps)} steps")
+        final = self.runtime.denoiser().run(trajectory, on_step, clock.stage)
+        return unpack(final[:1, :image_tokens], height, width)
+
+    def _call_back(
+        self, callback: StepCallback, index: int, timestep: float, read: Callable[[], Floats], size: tuple[int, int]
+    ) -> Floats | None:
+        """Tokens [B, N, C] where the callback gives other latents."""
+        image_tokens = size[0] * size[1]
+        changed = callback(self, index, timestep, _StepLatents(lambda: unpack(read()[:1, :image_tokens], *size))) or {}
+        if "latents" not in changed:
+            return None
+        tokens = np.array(read())
+        tokens[:, :image_tokens] = pack(np.asarray(changed["latents"], np.float32))
+        return tokens
+
+    def _refusal(self, pixels: NDArray[Any]) -> str | None:
         """Why the checks refuse a picture, uint8 [1, H, W, 3]."""
         return self.content_checks.picture(Image.fromarray(pixels[0])) if self.content_checks else None
 

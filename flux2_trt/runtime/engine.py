@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from numpy.typing import NDArray
+
+from flux2_trt.spec import Component
+
+if TYPE_CHECKING:
+    from flux2_trt.runtime.denoiser import Denoiser
 
 RUNNABLE_TARGET = "cpu"
 """The target whose plans this version has an engine for."""
@@ -16,6 +21,22 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 PLANS: Backend = "plans"
 
 Arrays = dict[str, NDArray[Any]]
+
+
+class Runtime(Protocol):
+    """The components of a bundle, ready to run.
+
+    `overlaps`: a picture can be decoded in another thread while the next one is denoised.
+    """
+
+    @property
+    def overlaps(self) -> bool: ...
+
+    def engine(self, component: Component) -> Engine: ...
+
+    def denoiser(self) -> Denoiser: ...
+
+    def close(self) -> None: ...
 
 
 class Engine(Protocol):

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from engines import tensorrt, timing_cache
+from flux2_trt.runtime import cuda
+from flux2_trt.runtime import tensorrt as runtime
 
 CLASSES = {
     "trt": "",
@@ -70,6 +72,55 @@ def used_names() -> set[str]:
     return {name for name in found if not name.endswith((".__init__", ".__class__", ".attention.decomposable"))}
 
 
+RUNTIME_CLASSES = {
+    "self._trt": "",
+    "trt": "",
+    "runtime": "Runtime.",
+    "engine": "ICudaEngine.",
+    "self._engine": "ICudaEngine.",
+    "context": "IExecutionContext.",
+    "self._context": "IExecutionContext.",
+    "config": "IRuntimeConfig.",
+    "cache": "IRuntimeCache.",
+}
+"""Classes by what the runtime calls them."""
+RUNTIME_RTX_ONLY = {
+    "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "IRuntimeCache",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_runtime_cache",
+}
+"""Behind a look for `IRuntimeCache`, which TensorRT lacks."""
+
+
+def runtime_names() -> set[str]:
+    """As `used_names`, of what runs plans."""
+    found = {"IRuntimeCache"}
+    for node in ast.walk(ast.parse(Path(runtime.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            owner, _, rest = ast.unparse(node).rpartition(".")
+            for variable, name in RUNTIME_CLASSES.items():
+                if owner == variable or owner.startswith(f"{variable}."):
+                    found.add(name + owner[len(variable) + 1 :] + ("." if owner != variable else "") + rest)
+    return {name for name in found if not name.endswith("__version__")}
+
+
+def test_cuda_has_every_name_of_the_runtime() -> None:
+    bindings = pytest.importorskip("cuda.bindings.runtime")
+    names = {
+        node.value
+        for node in ast.walk(ast.parse(Path(cuda.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cuda")
+    }
+    names = {name for name in names if name.isidentifier()}
+    assert {"cudaGraphLaunch", "cudaStreamBeginCapture", "cudaHostAlloc"} <= names
+    assert [name for name in names if not hasattr(bindings, name)] == []
+
+
 def missing(module: str, names: set[str], **environment: str) -> list[str]:
     """Those of `names` that a module lacks, as a process of its own sees it."""
     done = subprocess.run(
@@ -91,7 +142,9 @@ def test_the_names_are_those_of_the_builder() -> None:
 
 def test_tensorrt_rtx_has_every_name() -> None:
     pytest.importorskip("tensorrt_rtx")
-    assert missing("tensorrt_rtx", used_names()) == []
+    assert missing("tensorrt_rtx", used_names() | runtime_names()) == []
+    assert {"ICudaEngine.get_tensor_mode", "IExecutionContext.execute_async_v3"} <= runtime_names()
+    assert runtime_names() >= RUNTIME_RTX_ONLY
 
 
 def test_tensorrt_has_every_name(tmp_path: Path) -> None:
@@ -104,5 +157,6 @@ def test_tensorrt_has_every_name(tmp_path: Path) -> None:
         subprocess.run(command, check=True)
     names = used_names()
     assert names >= RTX_ONLY - {"ComputeCapability"}
-    assert missing("tensorrt_bindings", names - RTX_ONLY, LD_LIBRARY_PATH=str(tmp_path)) == []
+    shared = (names - RTX_ONLY) | (runtime_names() - RUNTIME_RTX_ONLY)
+    assert missing("tensorrt_bindings", shared, LD_LIBRARY_PATH=str(tmp_path)) == []
     assert missing("tensorrt_bindings", {"BuilderFlag.FP8"}, LD_LIBRARY_PATH=str(tmp_path)) == ["BuilderFlag.FP8"]

@@ -17,9 +17,9 @@ from export.conversion import STORED_DTYPES
 from export.quantize import quantize
 from export.recipes import RECIPES
 from export.trace import trace
-from export.weights import FAMILY_OF
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.models import published_spec
+from flux2_trt.naming import FAMILY_OF
 from flux2_trt.spec import Component
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

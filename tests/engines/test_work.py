@@ -31,11 +31,12 @@ def on_meta(component: Component, spec: ModelSpec, drawing: Drawing) -> dict[str
             "conditioning": (torch.empty(steps), torch.empty(rows, text, spec.transformer.context_dim)),
             "transformer": (
                 torch.empty(rows, drawing.latent_tokens, spec.transformer.in_channels),
-                torch.empty(1, spec.transformer.modulation_size),
+                torch.empty(steps, spec.transformer.modulation_size),
                 torch.empty(rows, text, d),
                 positions,
                 positions,
-                torch.empty(drawing.latent_tokens),
+                torch.empty(steps, drawing.latent_tokens),
+                torch.zeros(1, dtype=torch.int32),
             ),
             "vae_encoder": (torch.empty(1, drawing.height, drawing.width, 3),),
             "vae_decoder": (

@@ -1,0 +1,68 @@
+"""Placement: where a bundle's weights go on the GPU of this machine, decided before any memory is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from flux2_trt.bundle import Bundle
+from flux2_trt.errors import DeviceError, DeviceMemoryError
+from flux2_trt.runtime.cuda import CudaDevice
+from flux2_trt.runtime.device import Device
+from flux2_trt.runtime.gpu import GpuRuntime, Residency
+
+
+def runtime_on_this_machine(bundle: Bundle, open_device: Callable[[int], Device] = CudaDevice) -> GpuRuntime:
+    """On the first GPU that the bundle's plans are for, with its memory divided as `flux2-trt plan` says.
+
+    Raises DeviceError where there is none, DeviceMemoryError where the model does not fit the memory that is free.
+    """
+    device = _device_of(bundle, open_device)
+    residency, overlaps = residency_on(bundle, device.free_bytes())
+    return GpuRuntime(bundle, device, residency=residency, overlaps=overlaps)
+
+
+def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:
+    """For pictures of the model's default size, and whether a decoder with scratch of its own fits beside the rest.
+
+    Raises DeviceMemoryError with what is needed and what to type.
+    """
+    from engines.advice import preflight
+    from engines.drawing import Drawing
+    from engines.setting import resolve_setting
+
+    setting = replace(resolve_setting(str(bundle.path)), memory_bytes=free_bytes, context_bytes=0)
+    made = preflight(setting, Drawing.of(bundle.manifest.model))
+    placements = made.residency.placements
+    streamed = placements["transformer"].streamed
+    swapped = frozenset(name for name, placement in placements.items() if placement.kind == "swapped")
+    left = free_bytes - made.device_bytes
+    return (
+        Residency(swapped, (streamed.doubles, streamed.singles) if streamed else (0, 0)),
+        not swapped and left >= setting.scratch("vae_decoder", made.drawing),
+    )
+
+
+def _device_of(bundle: Bundle, open_device: Callable[[int], Device]) -> Device:
+    from engines.targets import TARGETS
+
+    target = TARGETS[bundle.manifest.target]
+    others: list[str] = []
+    index = 0
+    while True:
+        try:
+            device = open_device(index)
+        except DeviceMemoryError:
+            raise
+        except DeviceError:
+            if not others:
+                raise
+            break
+        if device.compute_capability == target.compute_capability:
+            return device
+        others.append(f"{device.name} ({device.compute_capability})")
+        index += 1
+    raise DeviceError(
+        f"{bundle.path} is for {target.name}, of compute capability {target.compute_capability}; here is "
+        f"{', '.join(others)}: build it for that: flux2-trt build {bundle.manifest.model.name} --target auto"
+    )

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diffusers_models import traced_once
+from runtime.standin import StandIn
+from runtime.standin_plan import StandInPlan
+
+import engines.components
+import engines.targets
+from engines.build import BuildRequest, build
+from engines.targets import Target
+from export.graph import Graph
+from flux2_trt.bundle import Bundle
+from flux2_trt.manifest import ComponentRecord
+
+TARGET = Target("stand-in", "tensorrt", ("fp32",), compute_capability="8.9", dtype="fp32")
+"""What TensorRT would compile here: graphs with their weights as inputs, in fp32, which ONNX Runtime can compute."""
+
+
+def load_on(device: StandIn):
+    def load(record: ComponentRecord, data: bytes) -> StandInPlan:
+        return StandInPlan(device, Graph.from_bytes(data).model, record.name)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bundle]]:
+    """`tiny` for the CPU, and for the stand-in in one plan and in blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.components, "trace", traced_once)
+        patch.setattr(engines.targets, "TARGETS", {**engines.targets.TARGETS, "stand-in": TARGET})
+        folder: Path = tmp_path_factory.mktemp("bundles")
+        requests = {
+            "cpu": BuildRequest("tiny", "cpu", output=folder / "cpu"),
+            "whole": BuildRequest("tiny", "stand-in", output=folder / "whole"),
+            "blocks": BuildRequest("tiny", "stand-in", plans="blocks", output=folder / "blocks"),
+        }
+        yield {name: Bundle.open(build(each, lambda _: None).bundle) for name, each in requests.items()}
