@@ -15,14 +15,17 @@ from engines.calibration import scales_of
 from engines.components import Compiler, Job, compiler_version, make
 from engines.prepared import DeviceMissing, compile_prepared
 from engines.shapes import DEFAULT_SIZES, ShapeRequest
-from engines.sources import ModelSource, resolve_source
+from engines.sources import ModelSource, resolve_source, with_loras
 from engines.targets import AUTO, resolve_layout, resolve_placement, resolve_precision, resolve_target
 from engines.tensorrt import OnPhase
+from export.conversion import Scales
 from export.recipes import RECIPES
 from export.trace import OPSET
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import UsageError
-from flux2_trt.manifest import MANIFEST_FILE, content_key
+from flux2_trt.lora.request import LoraRequest
+from flux2_trt.manifest import BASE, MANIFEST_FILE, REQUEST, content_key
+from flux2_trt.models import FAMILY
 from flux2_trt.spec import Component
 from flux2_trt.store import Store
 
@@ -39,7 +42,7 @@ class BuildRequest:
 
     `weights`: how the plan gets them ("external": as constants in a file beside it; "bound": as inputs; "embedded": as
     constants in it); `sizes`, `max_batch`, `max_references`: see `engines.shapes.ShapeRequest`; `plans`: see
-    `engines.targets.PlanLayout`; `output`: another store than the user's.
+    `engines.targets.PlanLayout`; `loras`: added to the transformer's weights; `output`: another store than the user's.
     """
 
     model: str
@@ -53,7 +56,15 @@ class BuildRequest:
     max_batch: int = 1
     max_references: int = 1
     plans: str = "whole"
+    loras: tuple[LoraRequest, ...] = ()
     output: Path | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """All but the LoRAs and the store, as JSON values with absolute paths: what builds the same with LoRAs."""
+        values = {name: value for name, value in vars(self).items() if name not in ("loras", "output")}
+        for name in ("model", "checkpoint", "calibration"):
+            values[name] = values[name] and _absolute(str(values[name]))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -133,28 +144,33 @@ def _made(
     target = resolve_target(request.target)
     precision = resolve_precision(target, request.precision)
     shapes = ShapeRequest(request.sizes, request.max_batch, request.max_references)
-    source = resolve_source(request.model, request.checkpoint)
+    source = with_loras(resolve_source(request.model, request.checkpoint), request.loras)
     components = _components(source, request.components)
     recipe = RECIPES[precision]
     recipe = replace(recipe, dtype=target.dtype or recipe.dtype, fp8_layout=target.fp8_layout)
     placement = resolve_placement(target, recipe, request.weights)
     layout = resolve_layout(target, placement, request.plans)
-    scales = scales_of(source, recipe, request.calibration)
+    base_scales = scales_of(source, recipe, request.calibration)
+    scales = base_scales.without_weights(source.touched)
+
+    def key_of(identity: dict[str, Any], scales: Scales) -> str:
+        return content_key(
+            {
+                "export": _code_digest(),
+                "packages": {name: version(name) for name in PACKAGES},
+                "compiler": None if target.needs_device else compiler_version(target),
+                "opset": OPSET,
+                "model": source.spec.to_dict(),
+                "weights": identity,
+                "scales": asdict(scales),
+                "components": list(components),
+                "target": asdict(target) | {"precisions": precision, "weights": placement, "plans": layout},
+                "shapes": asdict(shapes) if target.compute_capability else None,
+            }
+        )
+
     identity = source.identity()
-    key = content_key(
-        {
-            "export": _code_digest(),
-            "packages": {name: version(name) for name in PACKAGES},
-            "compiler": None if target.needs_device else compiler_version(target),
-            "opset": OPSET,
-            "model": source.spec.to_dict(),
-            "weights": identity,
-            "scales": asdict(scales),
-            "components": list(components),
-            "target": asdict(target) | {"precisions": precision, "weights": placement, "plans": layout},
-            "shapes": asdict(shapes) if target.compute_capability else None,
-        }
-    )
+    key = key_of(identity, scales)
     job = Job(source, components, target, recipe, placement, layout, shapes, scales)
     with store.publish(key, model=source.spec, recipe=precision, target=target.name, on_wait=on_progress) as draft:
         reused = draft.done
@@ -162,13 +178,16 @@ def _made(
             on_progress("going on with the weights of a build that was interrupted")
         if not reused:
             compiler = Compiler(target, recipe, store.root / TIMING, on_progress, on_phase)
-            records = make(draft, job, compiler, seconds)
+            base_key = key_of(source.base_identity(), base_scales) if source.loras else None
+            base = store.get(draft.name_of(base_key)) if base_key else None
+            records = make(draft, job, compiler, seconds, base)
             assets = []
             if source.tokenizer and "text_encoder" in components:
                 asset = draft.asset_path(source.tokenizer.name)
                 asset.write_bytes(source.tokenizer.read_bytes())
                 assets.append(draft.record(asset))
-            draft.finish(records, assets, source=identity)
+            made_from = {REQUEST: request.recorded()} | ({BASE: base_key} if base_key else {})
+            draft.finish(records, assets, source=identity | made_from)
     return draft.bundle, reused
 
 
@@ -197,6 +216,10 @@ def _components(source: ModelSource, asked: tuple[str, ...] | None) -> tuple[Com
     return tuple(name for name in there if name in asked)
 
 
+def _absolute(text: str) -> str:
+    return str(Path(text).absolute()) if text not in FAMILY and Path(text).exists() else text
+
+
 def _report(bundle: Bundle, reused: bool, seconds: dict[str, float], total: float, left: str | None) -> BuildReport:
     manifest = bundle.manifest
     return BuildReport(
@@ -221,6 +244,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     compiling = [ENGINES / name for name in ("components.py", "shapes.py", "tensorrt.py")]
     reading = [PACKAGE / f"{name}.py" for name in ("checkpoint", "naming", "quantized", "tensor_file")]
+    reading += [PACKAGE / "lora" / f"{name}.py" for name in ("file", "folding", "keys")]
     for file in sorted([*EXPORT.glob("*.py"), *EXPORT.glob("modules/*.py"), *compiling, *reading]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -14,7 +14,6 @@ from export.calibrate import Calibration, CalibrationSample, Pixels, input_scale
 from export.conversion import NO_SCALES, Scales
 from export.quantize import FP8_MAX
 from export.recipes import QUANTIZED_LINEARS, Recipe
-from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.errors import UsageError
 from flux2_trt.images import load_reference, prepare_reference, reference_max_area
 from flux2_trt.inventory import expected_tensors
@@ -104,7 +103,7 @@ def scene_samples(spec: ModelSpec, count: int) -> list[CalibrationSample]:
 
 
 def scales_of(source: ModelSource, recipe: Recipe, given: Path | None) -> Scales:
-    """The scales of these weights: made up as the weights are, or those of the checkpoint and of a calibration.
+    """The scales of these weights, without LoRAs: made up as they are, or those of the checkpoint and a calibration.
 
     `given`: a calibration in place of the one that comes with the model. None where nothing is quantized. Raises
     UsageError where a linear has no scale, or the calibration is of other weights.
@@ -124,13 +123,12 @@ def scales_of(source: ModelSource, recipe: Recipe, given: Path | None) -> Scales
     inputs: dict[str, float] = {}
     weights: dict[str, float] = {}
     for component, there in names.items():
-        checkpoint = source.open(FAMILY_OF[component])
-        assert isinstance(checkpoint, Checkpoint)
+        checkpoint = source.open_checkpoint(FAMILY_OF[component])
         weights |= {name: scale for name in there if (scale := checkpoint.weight_scale(name))}
         inputs |= {name: scale for name in there if (scale := checkpoint.input_scale(name))}
     if file := given or source.calibration:
         calibration = Calibration.read(file)
-        check_weights(calibration, source.identity(), file)
+        check_weights(calibration, source.base_identity(), file)
         inputs |= calibration.input_scales
     if missing := [name for name in quantized if name not in inputs]:
         raise UsageError(

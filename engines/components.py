@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.audit import lost_formats
+from engines.inheritance import inherit
 from engines.shapes import Profile, Range, ShapeRequest, profiles
 from engines.sources import ModelSource
 from engines.targets import PlanLayout, Target
@@ -27,6 +28,7 @@ from export.simulation import simulate_nvfp4
 from export.tensor_source import TensorSource
 from export.trace import trace, trace_parts
 from export.weights import place_external, read_spans, write_weights
+from flux2_trt.bundle import Bundle
 from flux2_trt.draft import Draft
 from flux2_trt.errors import Flux2Error
 from flux2_trt.manifest import UNCOMPILED, ComponentRecord, FileRecord, WeightPlacement
@@ -150,10 +152,13 @@ class Compiler:
         return draft.record(plan), compiled.report.to_dict()
 
 
-def make(draft: Draft, job: Job, compiler: Compiler, seconds: dict[str, float]) -> list[ComponentRecord]:
+def make(
+    draft: Draft, job: Job, compiler: Compiler, seconds: dict[str, float], base: Bundle | None = None
+) -> list[ComponentRecord]:
     """Trace, fill and compile every component into `draft`; what has to be compiled on the device stays a graph.
 
-    `seconds` gets how long each plan took; the first of a component has its graph and weights in it.
+    `seconds` gets how long each plan took; the first of a component has its graph and weights in it. `base`: the bundle
+    of the same job without LoRAs, whose files are taken over where they are the same.
     """
     opened: dict[Family, TensorSource] = {}
     if job.writes_weights:
@@ -162,6 +167,14 @@ def make(draft: Draft, job: Job, compiler: Compiler, seconds: dict[str, float]) 
     records = []
     for component in job.components:
         started = time.monotonic()
+        if base:
+            source = opened[FAMILY_OF[component]]
+            touched, scales = job.source.touched, job.scales
+            inherited = inherit(draft, base, component, touched, source, scales, compiler.on_progress)
+            if inherited is not None:
+                records += inherited
+                seconds[inherited[0].name] = round(time.monotonic() - started, 2)
+                continue
         compiler.on_progress(f"tracing {component}")
         whole, plans = _graphs(job, component)
         weights = None

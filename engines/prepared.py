@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import replace
 
 from engines.components import Compiler, Piece
 from engines.targets import Device, Target
@@ -16,7 +17,7 @@ from export.graph import Graph
 from flux2_trt.bundle import Bundle
 from flux2_trt.doctor import find_gpus
 from flux2_trt.errors import Flux2Error
-from flux2_trt.manifest import content_key
+from flux2_trt.manifest import BASE, content_key
 from flux2_trt.store import Store
 
 
@@ -29,17 +30,23 @@ def compile_prepared(
 ) -> tuple[Bundle, bool]:
     """The bundle with the plans of a prepared one, and whether it was there; `seconds` gets how long each plan took.
 
-    Its key has the compiler's version and the device, whose kernels were timed. Raises DeviceMissing where this machine
+    Its key has the compiler's version and the device, whose kernels were timed. With LoRAs, plans that take weights as
+    inputs are those of the bundle without, if that was compiled here. Raises DeviceMissing where this machine
     lacks one of them.
     """
     manifest, device = prepared.manifest, _device(prepared, compiler.target)
-    key = content_key({"prepared": manifest.key, "compiler": compiler.version, "device": device.name})
+
+    def key_of(prepared_key: str) -> str:
+        return content_key({"prepared": prepared_key, "compiler": compiler.version, "device": device.name})
+
+    key = key_of(manifest.key)
     with store.publish(
         key, model=manifest.model, recipe=manifest.recipe, target=manifest.target, on_wait=compiler.on_progress
     ) as draft:
         reused = draft.done
         if not reused:
             records = []
+            base = store.get(draft.name_of(key_of(manifest.source[BASE]))) if manifest.loras else None
             for record in manifest.components:
                 started = time.monotonic()
                 graph = Graph.from_bytes(prepared.plan_path(record.name).read_bytes())
@@ -47,7 +54,12 @@ def compile_prepared(
                     weights = prepared.weights_path(record.name)
                     assert weights
                     draft.adopt(record.weights, weights)
-                records.append(compiler.compile(draft, Piece.of(record, graph)))
+                if base and record.weight_placement == "bound":  # LoRAs change no plan that takes weights as inputs
+                    compiled = base.component(record.name)
+                    draft.adopt(compiled.plan, base.plan_path(record.name))
+                    records.append(replace(compiled, weights=record.weights))
+                else:
+                    records.append(compiler.compile(draft, Piece.of(record, graph)))
                 seconds[record.name] = round(time.monotonic() - started, 2)
             assets = [draft.adopt(asset, prepared.path / asset.file) for asset in manifest.assets]
             draft.finish(records, assets, source=manifest.source)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.download import TOKENIZER, locate, locate_tokenizer
 from flux2_trt.errors import CheckpointError, UsageError
 from flux2_trt.inventory import expected_tensors
-from flux2_trt.manifest import SYNTHETIC
+from flux2_trt.lora.file import Lora
+from flux2_trt.lora.folding import FoldedSource
+from flux2_trt.lora.request import LoraRequest
+from flux2_trt.manifest import LORAS, SYNTHETIC
 from flux2_trt.naming import FAMILIES, Family
 from flux2_trt.shards import open_tensor_files
 from flux2_trt.spec import ModelSpec
@@ -28,7 +31,7 @@ TINY = Path(models.__file__).parent / "assets" / "tiny"
 class ModelSource:
     """A model to build: `paths` to its weights by family, or the `seed` of synthetic ones.
 
-    `calibration`: the file that comes with the model, if one does.
+    `calibration`: the file that comes with the model, if one does. `loras`: what is folded into the transformer.
     """
 
     spec: ModelSpec
@@ -37,17 +40,33 @@ class ModelSource:
     revisions: Mapping[str, str] = field(default_factory=dict)
     seed: int | None = None
     calibration: Path | None = None
+    loras: tuple[Lora, ...] = ()
 
     def open(self, family: Family) -> TensorSource:
         """The tensors of one family, verified against the spec. Raises CheckpointError for what does not fit."""
         if self.seed is not None:
             return RandomSource(self.seed, expected_tensors(self.spec, family))
+        checkpoint = self.open_checkpoint(family)
+        return FoldedSource(checkpoint, self.loras) if self.loras and family == "transformer" else checkpoint
+
+    def open_checkpoint(self, family: Family) -> Checkpoint:
+        """As `open`, but as the files have it, without LoRAs."""
         checkpoint = Checkpoint(self.paths[family], family)
         checkpoint.verify(self.spec)
         return checkpoint
 
+    @property
+    def touched(self) -> frozenset[str]:
+        """The weights that LoRAs change."""
+        return frozenset(name for lora in self.loras for name in lora.deltas)
+
     def identity(self) -> dict[str, Any]:
         """What the weights are: digests of every file, or the seed. JSON values."""
+        loras = {LORAS: [lora.identity for lora in self.loras]} if self.loras else {}
+        return {**self.base_identity(), **loras}
+
+    def base_identity(self) -> dict[str, Any]:
+        """What the weights are without LoRAs."""
         return self._identity
 
     @cached_property
@@ -85,6 +104,17 @@ def resolve_source(model: str, checkpoint: str | None) -> ModelSource:
         paths: dict[Family, Path] = {family: TINY / f"{family}.safetensors" for family in FAMILIES}
         return ModelSource(spec, paths, TINY / TOKENIZER, calibration=TINY / CALIBRATION)
     return _downloaded(spec, {})
+
+
+def with_loras(source: ModelSource, requests: Sequence[LoraRequest]) -> ModelSource:
+    """The model with LoRAs, all of them checked; those of strength 0 are left out.
+
+    Raises UsageError for synthetic weights, CheckpointError for a LoRA that does not fit.
+    """
+    if requests and source.seed is not None:
+        raise UsageError(f"--lora goes with weights from files, and those of random:{source.seed} are made up")
+    loras = [Lora.open(request, source.spec) for request in requests]
+    return replace(source, loras=tuple(lora for lora in loras if lora.request.strength))
 
 
 def _seed(checkpoint: str) -> int:

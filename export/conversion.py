@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from export.graph import Graph, WeightSlot
+from export.graph import Graph, Slots, WeightSlot
 from export.quantize import FP8_DTYPE, INT4_DTYPE, NVFP4_DTYPE, NVFP4_MAX, block_scale_name
 from export.rounding import fp8_codes, fp8_scale, int4_codes, nvfp4_codes
 from export.tensor_source import TensorSource
@@ -39,6 +39,10 @@ class Scales:
     inputs: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
 
+    def without_weights(self, changed: Collection[str]) -> Scales:
+        """For other values of these weights, whose scales come from them again; those of inputs stay."""
+        return replace(self, weights={name: scale for name, scale in self.weights.items() if name not in changed})
+
 
 NO_SCALES = Scales()
 
@@ -50,7 +54,7 @@ class Converter:
     input scale, or a tensor not the shape that the graph takes.
     """
 
-    def __init__(self, graph: Graph, source: TensorSource, scales: Scales) -> None:
+    def __init__(self, graph: Graph | Slots, source: TensorSource, scales: Scales) -> None:
         self.graph, self.source, self.scales = graph, source, scales
         self.slots = {
             **graph.weights,

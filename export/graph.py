@@ -39,6 +39,14 @@ class ScaleSlot:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """The parameters of a graph without the graph, as a weight file lists them."""
+
+    weights: Mapping[str, WeightSlot]
+    scales: Mapping[str, ScaleSlot]
+
+
+@dataclass(frozen=True)
 class Graph:
     """A component or a part of one. `model` takes its parameters as inputs; `weights` and `scales` say which those are.
 

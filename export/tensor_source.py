@@ -17,6 +17,8 @@ from flux2_trt.tensor_file import TensorFile
 RANDOM_ROWS = 64
 TRANSPOSED = "transposed"
 """The metadata of a weight file that names, with spaces between them, the weights [N, K] which it holds as [K, N]."""
+SCALES = "scales"
+"""The metadata of a weight file that says in JSON which tensors are scales: name -> [kind, *names of weights]."""
 
 
 class TensorSource(Protocol):

@@ -19,10 +19,10 @@ import onnx
 import torch
 
 from export.conversion import NO_SCALES, STORED_DTYPES, Converter, Scales
-from export.graph import Graph, WeightSlot
+from export.graph import Graph, ScaleSlot, Slots, WeightSlot
 from export.journal import Journal
 from export.quantize import INT4_DTYPE
-from export.tensor_source import TRANSPOSED, TensorSource
+from export.tensor_source import SCALES, TRANSPOSED, TensorSource
 
 WORKERS = max(2, min(2 * (os.cpu_count() or 1), 8))  # half of them may wait for the disk
 CONVERTED_BYTES = 2**30  # of all weights that are converted at the same time; a larger one is alone
@@ -34,7 +34,7 @@ Span = tuple[int, int]
 
 
 def write_weights(
-    graph: Graph,
+    graph: Graph | Slots,
     source: TensorSource,
     path: Path,
     scales: Scales = NO_SCALES,
@@ -48,7 +48,7 @@ def write_weights(
     CheckpointError where a tensor has not the shape that the graph takes, is not finite, or has no input scale.
     """
     converter = Converter(graph, source, scales)
-    spans, header = _layout(converter.slots)
+    spans, header = _layout(converter.slots, graph.scales)
     _begin(path, header, spans, converter.input_factors(), resumes=journal is not None)
 
     def write(name: str) -> None:
@@ -67,7 +67,7 @@ def write_weights(
 
     with closing(Journal(journal)) if journal else nullcontext() as written:
         sizes = {name: sum(spans[part][1] for part in parts) for name, parts in converter.parts.items()}
-        _for_each(write, sizes, workers)
+        for_each(write, sizes, workers)
     return spans
 
 
@@ -96,7 +96,7 @@ def _crc32(file: BinaryIO, spans: Iterable[Span]) -> int:
     return crc32
 
 
-def _for_each(work: Callable[[str], None], sizes: Mapping[str, int], workers: int) -> None:
+def for_each(work: Callable[[str], None], sizes: Mapping[str, int], workers: int) -> None:
     """Calls `work` in threads, with no more than `CONVERTED_BYTES` at a time; ends at the first error."""
     running: dict[Future[None], int] = {}
 
@@ -150,10 +150,10 @@ def place_external(graph: Graph, spans: Mapping[str, Span], file_name: str) -> o
     return model
 
 
-def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, Span], bytes]:
+def _layout(slots: Mapping[str, WeightSlot], scales: Mapping[str, ScaleSlot]) -> tuple[dict[str, Span], bytes]:
     """Where each tensor lies in the file, those of wide elements first, and the file's JSON header."""
     entries, places, position = {}, {}, 0
-    for name, slot in sorted(weights.items(), key=lambda item: -STORED_DTYPES[item[1].dtype][1]):
+    for name, slot in sorted(slots.items(), key=lambda item: -STORED_DTYPES[item[1].dtype][1]):
         dtype, bits, _ = STORED_DTYPES[slot.dtype]
         length = math.prod(slot.shape) * bits // 8
         *rows, columns = slot.shape
@@ -161,8 +161,10 @@ def _layout(weights: Mapping[str, WeightSlot]) -> tuple[dict[str, Span], bytes]:
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + length]}
         places[name] = (position, length)
         position += length
-    transposed = " ".join(sorted(name for name, slot in weights.items() if slot.transposed))
-    header = json.dumps({"__metadata__": {TRANSPOSED: transposed}, **entries}, separators=(",", ":")).encode()
+    transposed = " ".join(sorted(name for name, slot in slots.items() if slot.transposed))
+    owners = json.dumps({name: [scale.kind, *scale.weights] for name, scale in sorted(scales.items())})
+    metadata = {TRANSPOSED: transposed, SCALES: owners}
+    header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     header = header.ljust(-(-(len(header) + 8) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8)
     start = len(header) + 8
     return {name: (start + first, length) for name, (first, length) in places.items()}, header

@@ -123,7 +123,7 @@ class Checkpoint:
             advice = f"it looks like {' or '.join(alike)}; build that" if alike else "check which model it belongs to"
             lines = [f"{self.path} is not the {NOUN[self.family]} of {spec.name}: {advice}, or give another checkpoint"]
             for title, names in (("missing", missing), ("extra", extra), ("other shape", misshaped)):
-                lines += [f"  {title}: {_listed(names)}"] if names else []
+                lines += [f"  {title}: {listed(names)}"] if names else []
             raise CheckpointError("\n".join(lines))
 
     def _readable(self, name: str) -> TensorView | QuantizedWeight:
@@ -226,6 +226,6 @@ def _what_else(names: Iterable[str]) -> str:
     return f"its first tensor is {names[0]!r}; check the path"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     rest = len(names) - LISTED_NAMES
     return ", ".join(names[:LISTED_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -150,6 +150,9 @@ def build(
     weights: Annotated[str | None, typer.Option(help="bound or embedded: beside the plan, or in it.")] = None,
     plans: Annotated[str, typer.Option(help="whole, or blocks: plans for a device that streams weights.")] = "whole",
     calibration: Annotated[Path | None, typer.Option(help="Ranges of activations, for FP8 and NVFP4.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA to fold in, FILE or FILE:STRENGTH; several add up.", metavar="LORA")
+    ] = None,
     sizes: Annotated[str, typer.Option(help="any, or kernels of their own for each of 512,1mp,4mp.")] = "any",
     max_batch: Annotated[int, typer.Option(help="Most pictures in one batch.")] = 1,
     max_references: Annotated[int, typer.Option(help="Most reference pictures of 1 MP each.")] = 1,
@@ -161,6 +164,7 @@ def build(
 
     Plans for data-centre GPUs are compiled where one is: elsewhere this prepares a bundle, and says what is left.
     """
+    from flux2_trt.lora.request import LoraRequest
     from flux2_trt.runner import build_bundle
 
     console = _console(json, quiet)
@@ -175,6 +179,7 @@ def build(
         weights=weights,
         plans=plans,
         calibration=calibration,
+        loras=tuple(map(LoraRequest.parse, lora or ())),
         sizes=_split(sizes),
         max_batch=max_batch,
         max_references=max_references,
@@ -391,6 +396,7 @@ def list_bundles(json: Json = False, quiet: Quiet = False) -> None:
     found = store.list()
     for bundle in found:
         state = f"damaged: {bundle.problem}" if not bundle.ok else "ok" if bundle.compiled else "not compiled yet"
+        state += f", with {' and '.join(bundle.loras)}" if bundle.loras else ""
         console.line(f"{bundle.path.name}  {size_text(bundle.bytes)}  {bundle.created or '?'}  {state}")
     left = store.unfinished()
     for unfinished in left:

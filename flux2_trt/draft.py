@@ -56,7 +56,11 @@ class Draft:
 
     @property
     def name(self) -> str:
-        return bundle_name(self.model.name, self.recipe, self.target, self.key)
+        return self.name_of(self.key)
+
+    def name_of(self, key: str) -> str:
+        """Of the bundle with another key and else the same."""
+        return bundle_name(self.model.name, self.recipe, self.target, key)
 
     @property
     def done(self) -> bool:

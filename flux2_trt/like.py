@@ -11,6 +11,7 @@ from typing import Any
 
 from flux2_trt.bundle import file_sha256
 from flux2_trt.errors import UsageError
+from flux2_trt.lora.request import LoraRequest
 from flux2_trt.options import RunOptions, options_from_texts
 from flux2_trt.provenance import Parameters, Reference
 from flux2_trt.runtime.engine import RUNNABLE_TARGET
@@ -20,8 +21,9 @@ from flux2_trt.store import Store
 def made_again(made: Parameters, options: RunOptions) -> RunOptions:
     """`options` with all that they leave open taken from what the picture `options.like` says.
 
-    The bundle that made it is asked for if it is here; references are looked for beside it, and in this folder. Raises
-    UsageError where one is missing, or for a value that no option allows.
+    The bundle that made it is asked for if it is here and no LoRA is given, else its model with its LoRAs. Their files
+    and references are looked for beside the picture, and in this folder. Raises UsageError where one is missing, or for
+    a value that no option allows.
     """
     assert options.like is not None
     folders = (options.like.parent, Path())
@@ -30,12 +32,16 @@ def made_again(made: Parameters, options: RunOptions) -> RunOptions:
     encoded_anew = options.text_encoder is not None or options.upsample != "none"
     if made.prompt_embeds and options.prompt_embeds is None and options.prompt in (None, made.prompt):
         if not encoded_anew:
-            options = replace(options, prompt_embeds=_find(made.prompt_embeds, folders, "it with --prompt-embeds"))
+            options = replace(options, prompt_embeds=_embeds_of(made.prompt_embeds, folders))
     found = options_like(made, options)
-    if options.model is None and options.bundle is None:
+    if options.model is None and options.bundle is None and not options.lora:
         for bundle in Store().list():
             if bundle.ok and bundle.key == made.model_key and bundle.target == RUNNABLE_TARGET:
                 return replace(found, model=None, bundle=bundle.path)
+    if made.loras and not options.lora and options.bundle is None and options.model in (None, made.model):
+        files = [_find(lora.name, lora.sha256, folders, "LoRA", "all LoRAs with --lora") for lora in made.loras]
+        used = zip(files, made.loras, strict=True)
+        return replace(found, lora=tuple(LoraRequest(file, lora.strength) for file, lora in used))
     return found
 
 
@@ -69,17 +75,20 @@ def options_like(made: Parameters, options: RunOptions) -> RunOptions:
 
 def find_references(references: Sequence[Reference], folders: Sequence[Path]) -> tuple[Path, ...]:
     """The files of `references`, by name and content, each from the first folder that has it. Raises UsageError."""
-    return tuple(_find(reference, folders, "every reference with --image, in order") for reference in references)
+    advice = "every reference with --image, in order"
+    return tuple(_find(each.name, each.sha256, folders, "reference", advice) for each in references)
 
 
-def _find(reference: Reference, folders: Sequence[Path], advice: str) -> Path:
-    name = Path(reference.name).name  # a file from elsewhere may say anything
+def _embeds_of(embeds: Reference, folders: Sequence[Path]) -> Path:
+    return _find(embeds.name, embeds.sha256, folders, "file of prompt embeds", "it with --prompt-embeds")
+
+
+def _find(name: str, sha256: str, folders: Sequence[Path], what: str, advice: str) -> Path:
     for folder in folders:
-        path = folder / name
+        path = folder / Path(name).name  # a file from elsewhere may say anything
         with suppress(OSError):  # a file that cannot be read is not the one
-            if os.path.isfile(path) and file_sha256(path) == reference.sha256:
+            if os.path.isfile(path) and file_sha256(path) == sha256:
                 return path
     raise UsageError(
-        f"the file {reference.name!r} (SHA-256 {reference.sha256[:12]}…) is neither beside the picture nor in this "
-        f"folder; give {advice}"
+        f"the {what} {name!r} (SHA-256 {sha256[:12]}…) is neither beside the picture nor in this folder; give {advice}"
     )

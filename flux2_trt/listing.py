@@ -17,7 +17,8 @@ from flux2_trt.manifest import MANIFEST_FILE, Manifest, identity_from_name
 class BundleSummary:
     """A line of the listing. `problem`: why the bundle cannot be used; then what it cannot say is `?` or empty.
 
-    `compiled`: its plans are there; a prepared bundle waits for the device that they need.
+    `compiled`: its plans are there; a prepared bundle waits for the device that they need. `loras`: those in its
+    weights, as FILE:STRENGTH.
     """
 
     path: Path
@@ -29,6 +30,7 @@ class BundleSummary:
     created: str
     problem: str | None = None
     compiled: bool = True
+    loras: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -56,7 +58,8 @@ class BundleSummary:
             return BundleSummary(path, *identity_from_name(path.name), folder_bytes(path), "", problem)
         name, recipe, target, key = manifest.model.name, manifest.recipe, manifest.target, manifest.key
         total, created = manifest.total_bytes, manifest.created
-        return BundleSummary(path, name, recipe, target, key, total, created, problem, manifest.is_compiled)
+        loras = tuple(f"{lora['file']}:{lora['strength']:g}" for lora in manifest.loras)
+        return BundleSummary(path, name, recipe, target, key, total, created, problem, manifest.is_compiled, loras)
 
 
 @dataclass(frozen=True)

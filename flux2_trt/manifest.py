@@ -26,6 +26,9 @@ MANIFEST_FILE = "bundle.json"
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 WeightPlacement = Literal["bound", "embedded", "external"]
 SYNTHETIC = "random"  # the key of a manifest's `source` that holds the seed of made-up weights
+LORAS = "loras"  # the key of a manifest's `source` that lists the LoRAs in the weights: file, sha256 and strength
+BASE = "base"  # the key of a manifest's `source` that holds the key of the bundle without the LoRAs
+REQUEST = "request"  # the key of a manifest's `source` that holds the request, with which it is built again with LoRAs
 UNCOMPILED = "none"  # the compiler of a plan that is still a graph
 PART_NAMES = frozenset(f"transformer.{part}" for part in TRANSFORMER_PARTS)
 
@@ -145,7 +148,7 @@ class ComponentRecord:
 class Manifest:
     """What `bundle.json` says.
 
-    `source`: where the weights came from (path or repository, revision, hashes, seed). `created`: ISO 8601 with zone.
+    `source`: where the weights came from (request, revision, hashes, seed, LoRAs). `created`: ISO 8601 with zone.
     The file also carries `digest`, the sha256 of everything else in it, so that a flipped byte in a size of the model
     is found and not drawn.
     """
@@ -170,6 +173,8 @@ class Manifest:
         for key in ("recipe", "target", "flux2_trt_version"):
             _require(_is_text(getattr(self, key)), f"{key} {getattr(self, key)!r} is no name")
         _require(isinstance(self.source, dict), "source is no JSON object")
+        loras = self.source.get(LORAS, [])
+        _require(isinstance(loras, list) and all(map(_is_lora, loras)), "the LoRAs of source are no list of files")
         _require(_is_text(self.model.name), f"{self.model.name!r} is no model name")
         names = [component.name for component in self.components]
         _require(bool(names), "no components")
@@ -199,6 +204,11 @@ class Manifest:
         plans = [component.plan for component in self.components]
         weights = [component.weights for component in self.components if component.weights]
         return tuple(dict.fromkeys((*plans, *weights, *self.assets)))
+
+    @property
+    def loras(self) -> list[dict[str, Any]]:
+        """The LoRAs in the weights, in the order in which they were given."""
+        return list(self.source.get(LORAS, ()))
 
     @property
     def is_compiled(self) -> bool:
@@ -311,6 +321,12 @@ def _is_profile(value: object) -> bool:
         isinstance(r, list) and len(r) == 3 and all(type(n) is int for n in r) and 0 <= r[0] <= r[1] <= r[2]
         for r in value.values()
     )
+
+
+def _is_lora(value: object) -> bool:
+    if not isinstance(value, dict) or not _is_text(value.get("file")) or not is_sha256(value.get("sha256")):
+        return False
+    return type(value.get("strength")) in (int, float)
 
 
 def _is_tensor_shape(value: object) -> bool:

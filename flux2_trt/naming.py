@@ -68,6 +68,13 @@ def canonical_sources(names: Iterable[str], family: Family) -> dict[str, Source]
     return sources
 
 
+def diffusers_source(canonical: str) -> Source:
+    """The tensors in diffusers' layout that make up one of the transformer. Raises KeyError for a name it has not."""
+    numbers = tuple(re.findall(r"(?<=_blocks\.)\d+", canonical))
+    source = _TRANSFORMER[re.sub(r"(?<=_blocks\.)\d+", "#", canonical)]
+    return Source(tuple(_filled(name, numbers) for name in source.names), source.arrangement)
+
+
 def _translate(name: str, family: Family) -> tuple[str, int, Source | None]:
     """Canonical name, which part of it, and the rule that says so."""
     for pattern, canonical, part, rule in _RULES[family]:

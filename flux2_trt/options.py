@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from flux2_trt.errors import UsageError
+from flux2_trt.lora.request import LoraRequest
 
 if TYPE_CHECKING:
     from flux2_trt.runtime.engine import Backend
@@ -186,6 +187,15 @@ class RunOptions:
     bundle: Path | None = field(
         default=None,
         metadata=_option("Bundle folder, in place of a model.", "a folder that flux2-trt build printed", _path),
+    )
+    lora: tuple[LoraRequest, ...] = field(
+        default=(),
+        metadata=_option(
+            "LoRA to add to the model, FILE or FILE:STRENGTH; several add up.",
+            "a .safetensors file, or one with its strength: style.safetensors:0.8",
+            LoraRequest.parse,
+            True,
+        ),
     )
     backend: Backend = field(
         default="plans",

@@ -19,6 +19,15 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class UsedLora:
+    """A LoRA in the model's weights: its file's name without folders, the SHA-256 (hex) of its bytes, its strength."""
+
+    name: str
+    sha256: str
+    strength: float
+
+
+@dataclass(frozen=True)
 class Parameters:
     """Everything that is needed to make one picture again.
 
@@ -45,6 +54,7 @@ class Parameters:
     original_prompt: str | None = None
     upsampled_by: str | None = None
     prompt_embeds: Reference | None = None
+    loras: tuple[UsedLora, ...] = ()
 
     def to_text(self) -> str:
         """The form that AUTOMATIC1111's web UI writes: the prompt, then one line of settings."""
@@ -60,6 +70,9 @@ class Parameters:
         }
         if self.original_prompt is not None:  # always quoted: it may end in what looks like settings
             settings["Original prompt"] = json.dumps(self.original_prompt, ensure_ascii=False)
+        if self.loras:
+            used = ", ".join(f"{lora.name}:{lora.strength:g}" for lora in self.loras)
+            settings["LoRA"] = json.dumps(used, ensure_ascii=False)
         return f"{self.prompt}\n" + ", ".join(f"{name}: {value}" for name, value in settings.items())
 
     def to_json(self) -> str:
@@ -78,6 +91,7 @@ class Parameters:
         if values.get("sigmas") is not None:
             values["sigmas"] = tuple(float(sigma) for sigma in values["sigmas"])
         values["references"] = tuple(_checked(Reference, reference) for reference in values.get("references", ()))
+        values["loras"] = tuple(_checked(UsedLora, lora) for lora in values.get("loras", ()))
         return _checked(Parameters, values)
 
 

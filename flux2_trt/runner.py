@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from flux2_trt.imprint import Imprint
+    from flux2_trt.lora.request import LoraRequest
     from flux2_trt.pipeline import Flux2Pipeline, Output
     from flux2_trt.preparation import Wording
     from flux2_trt.runtime.engine import Backend
@@ -82,6 +83,7 @@ class Runner:
         self._folder: Path | None = None
         self._backend: Backend | None = None
         self._introduced = False
+        self._folded: dict[tuple[Any, ...], Path] = {}
 
     def run(self, options: RunOptions, on_written: Callable[[Path], None]) -> RunReport:
         """Check, draw and write; `on_written` gets each path once its file is whole.
@@ -111,7 +113,7 @@ class Runner:
         # 2. The names of the pictures, then the model
         count = options.num_images * preparation.num_prompts
         with reserved_names(options.output, count, self._overwrite) as names:
-            pipeline = self._load(folder, options.backend)
+            pipeline = self._load(folder, options)
             if made is not None and made.model_key != pipeline.bundle.manifest.key:
                 self._console.warn(
                     f"{options.like} was made by the bundle {made.model_key[:12]!r} of {made.model!r}, this is "
@@ -138,7 +140,7 @@ class Runner:
         """The pipeline that `options` ask for, kept until they ask for another. Raises Flux2Error."""
         self._introduce(options)
         folder, _ = self._locate(options)
-        return self._load(folder, options.backend)
+        return self._load(folder, options)
 
     def _checks(self, options: RunOptions, pipeline: Flux2Pipeline) -> ContentChecks | None:
         if self._own_checks is not None:
@@ -186,9 +188,12 @@ class Runner:
             raise
         return folder, read_manifest(folder).model
 
-    def _load(self, folder: Path | None, backend: Backend) -> Flux2Pipeline:
+    def _load(self, folder: Path | None, options: RunOptions) -> Flux2Pipeline:
+        backend = options.backend
         if folder is None:
             folder = self._build_tiny()
+        if options.lora:
+            folder = self._with_loras(folder, options.lora)
         if self._pipeline is None or (folder, backend) != (self._folder, self._backend):
             self._pipeline = None  # the old one goes before the new one comes
             with self._console.clean_results():
@@ -209,6 +214,33 @@ class Runner:
             )
         self._console.note(f"building {TINY} for the cpu, once")
         return Path(build_bundle(self._console, model=TINY, target="cpu")["bundle"])
+
+    def _with_loras(self, folder: Path, loras: tuple[LoraRequest, ...]) -> Path:
+        """The bundle of `folder` with LoRAs in its weights, which is built where it is not there."""
+        from flux2_trt.bundle import read_manifest
+        from flux2_trt.lora.bundles import build_arguments, find_bundle, is_of
+        from flux2_trt.lora.file import lora_identity
+        from flux2_trt.store import Store
+
+        stamps = tuple((lora.file.stat().st_mtime_ns if lora.file.exists() else 0) for lora in loras)
+        if (known := self._folded.get((folder, loras, stamps))) and known.exists():
+            return known
+        base = read_manifest(folder)
+        arguments = build_arguments(base, folder, loras)
+        identities = [identity for lora in loras if (identity := lora_identity(lora))["strength"]]
+        if not identities:
+            return folder
+        found = find_bundle(Store(), base, identities)
+        if found is None:
+            self._console.note(f"building {base.model.name} with {' and '.join(map(str, loras))}, once")
+            found = Path(build_bundle(self._console, **arguments)["bundle"])
+            if not is_of(read_manifest(found), base):
+                raise BundleError(
+                    f"the weights of {base.model.name} are not those that {folder} was built from; build it again: "
+                    f"flux2-trt build {arguments['model']} --target {base.target}"
+                )
+        self._folded[folder, loras, stamps] = found
+        return found
 
     def _draw(
         self,
@@ -258,8 +290,9 @@ class Runner:
 
         from flux2_trt.bundle import file_sha256
         from flux2_trt.imprint import imprint
-        from flux2_trt.provenance import Parameters, Reference
+        from flux2_trt.provenance import Parameters, Reference, UsedLora
 
+        loras = pipeline.bundle.manifest.loras
         bits: list[int | None] = []
         embeds_file = None
         if options.prompt_embeds is not None:
@@ -285,6 +318,7 @@ class Runner:
                 original_prompt=wording.upsampled.original,
                 upsampled_by=wording.upsampled.by,
                 prompt_embeds=embeds_file,
+                loras=tuple(UsedLora(lora["file"], lora["sha256"], lora["strength"]) for lora in loras),
             )
             file = imprint(np.asarray(image), format_of(name), parameters, wanted, ingredients)
             write_file(name, file.data, overwrite=True)  # the name is ours

@@ -113,17 +113,32 @@ class Store:
             raise BundleError(f"the bundle store {self.bundles} cannot be read ({error.strerror})") from error
         return sorted(map(BundleSummary.of, folders), key=lambda bundle: bundle.age_rank, reverse=True)
 
+    def get(self, name: str) -> Bundle | None:
+        """The bundle of that folder name, every byte verified; None where there is none, or it is damaged."""
+        if not (self.bundles / name).is_dir():
+            return None
+        try:
+            bundle = Bundle.inspect(self.bundles / name)
+            bundle.verify()
+        except BundleError as error:
+            _log.warning("passing over a damaged bundle: %s", error)
+            return None
+        return bundle
+
     def find(
         self, model: str, target: str | None = None, recipe: str | None = None, *, makes_pictures: bool = False
     ) -> Path:
-        """The newest sound bundle of a model, on demand only one that `makes_pictures`.
+        """The newest sound bundle of a model without LoRAs, on demand only one that `makes_pictures`.
 
         Raises BundleError with the build command where there is none.
         """
         fitting = [
             bundle
             for bundle in self.list()
-            if bundle.model == model and target in (None, bundle.target) and recipe in (None, bundle.recipe)
+            if bundle.model == model
+            and target in (None, bundle.target)
+            and recipe in (None, bundle.recipe)
+            and not bundle.loras
         ]
         for bundle in fitting:
             if bundle.ok:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flux2_trt.errors import UsageError
+from flux2_trt.lora.request import LoraRequest
 from flux2_trt.options import OPTIONS, RunOptions, as_text, options_from_texts, parse_assignment
 
 
@@ -28,6 +29,12 @@ def test_assignments_set_typed_values():
     )  # fmt: skip
 
 
+def test_loras_are_typed_with_their_strengths():
+    options = assigned("lora=a.safetensors:0.5,b.safetensors")
+    assert options.lora == (LoraRequest(Path("a.safetensors"), 0.5), LoraRequest(Path("b.safetensors")))
+    assert as_text("lora", options) == "a.safetensors:0.5,b.safetensors"
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_empty_value_goes_back_to_the_default(name):
     changed = assigned("width=512", "image=a.png", "num_images=2", "seed=1", f"{name}=")
@@ -35,7 +42,7 @@ def test_an_empty_value_goes_back_to_the_default(name):
 
 
 def test_an_unknown_key_lists_the_known_ones():
-    with pytest.raises(UsageError, match=r"unknown option 'colour'.*prompt, model, bundle, backend, image, width"):
+    with pytest.raises(UsageError, match=r"unknown option 'colour'.*prompt, model, bundle, lora, backend, image"):
         assigned("colour=red")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flux2_trt.provenance import Parameters, Reference
+from flux2_trt.provenance import Parameters, Reference, UsedLora
 
 PARAMETERS = Parameters(
     prompt="a red cube",
@@ -30,6 +30,7 @@ FULL = replace(
     references=(Reference("cat.png", "a" * 64), Reference("日本.webp", "b" * 64)),
     image_index=3,
     watermark="0110100101",
+    loras=(UsedLora("style.safetensors", "c" * 64, -0.75),),
 )
 
 
@@ -45,6 +46,7 @@ def test_the_readable_form_is_the_one_that_other_tools_know() -> None:
         "Steps: 8, Sampler: Euler, CFG scale: 1, Seed: 42, Size: 256x256, Model: tiny, Version: flux2-trt 0.1.0"
     )
     assert "CFG scale: 2.5" in FULL.to_text()
+    assert FULL.to_text().endswith(', LoRA: "style.safetensors:-0.75"')
     assert 'Model: "a, b: c", Version' in replace(PARAMETERS, model="a, b: c").to_text()
 
 

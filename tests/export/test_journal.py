@@ -169,7 +169,7 @@ def test_weights_that_are_large_together_are_not_converted_together(monkeypatch)
         time.sleep(0.02)  # so that whatever may run beside it does
         del running[name]
 
-    weights._for_each(work, sizes, workers=3)
+    weights.for_each(work, sizes, workers=3)
     assert {name for names in together for name in names} == set(sizes)
     assert all(len(names) == 1 or sum(names.values()) <= 10 for names in together)
     assert all(len(names) <= 3 for names in together)
