@@ -118,8 +118,11 @@ def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str, option: Option) -> inspect.Parameter:
-    kind = list[str] | None if option.repeated else str | None
     flags = [flag_name(name), *([option.short] if option.short else [])]
+    if option.switch:
+        switch = Annotated[bool | None, typer.Option(*flags, help=option.help, show_default=False)]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=switch)
+    kind = list[str] | None if option.repeated else str | None
     given = (
         typer.Argument(help=option.help, show_default=False)
         if name == "prompt"
@@ -264,16 +267,44 @@ def run(
 
     console = _console(json, quiet)
     runner = Runner(console, overwrite)
-    if options.prompt is None and options.like is None and not json and sys.stdin.isatty():
+    if not options.asks and not json and sys.stdin.isatty():
         from flux2_trt.session import Session
 
         console.note("type what to draw, or help")
         warn = functools.partial(print, file=sys.stderr, flush=True)
         Session(runner, options, _read_line, console.line, warn, console.line).loop()
         return
-    if options.prompt is None and options.like is None:
+    if not options.asks:
         raise UsageError('there is no prompt; give one: flux2-trt run "a red cube", or start it on a terminal')
     report = runner.run(options, on_written=console.line)
+    refused = [f"picture {picture.number} was refused: {picture.reason}" for picture in report.refused]
+    console.object({**asdict(report), **({"error": "; ".join(refused), "exit_code": 1} if refused else {})})
+    if refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def encode(
+    prompts: Annotated[list[str], typer.Argument(help="Texts, each a prompt.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.")],
+    model: Annotated[str | None, typer.Option(help="Model, by name; its newest bundle is used.")] = None,
+    bundle: Annotated[str | None, typer.Option(help="Bundle folder; one with only a text encoder will do.")] = None,
+    text_encoder: Annotated[str | None, typer.Option(help="URL of a text encoder elsewhere.")] = None,
+    endpoint_timeout: Annotated[str | None, typer.Option(help="Seconds to wait for its answer (default: 120).")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Encode prompts into a file for run --prompt-embeds, on this machine or another, and print its path.
+
+    The file holds the prompts as text too.
+    """
+    from flux2_trt.encoding import encode_file
+
+    console = _console(json, quiet)
+    given = {"model": model, "bundle": bundle, "text_encoder": text_encoder, "endpoint_timeout": endpoint_timeout}
+    report = encode_file(console, prompts, output, options_from_texts(given), overwrite)
+    console.line(output)
     console.object(asdict(report))
 
 

@@ -29,6 +29,8 @@ PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "onnxscript": (("onnxscript",), "pip install onnxscript"),
     "tensorrt": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "pip install 'flux2-trt[tensorrt]'"),
     "tensorrt_rtx": (("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), "pip install 'flux2-trt[rtx]'"),
+    "openai": (("openai",), "pip install 'flux2-trt[upsample]'"),
+    "transformers": (("transformers",), "pip install 'flux2-trt[language]'"),
 }
 CPU_PROVIDER = "CPUExecutionProvider"
 NVIDIA_SMI_SECONDS = 20

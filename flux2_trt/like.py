@@ -29,6 +29,10 @@ def made_again(made: Parameters, options: RunOptions) -> RunOptions:
     folders = (options.like.parent, Path())
     if made.references and not options.image:
         options = replace(options, image=find_references(made.references, folders))
+    encoded_anew = options.text_encoder is not None or options.upsample != "none"
+    if made.prompt_embeds and options.prompt_embeds is None and options.prompt in (None, made.prompt):
+        if not encoded_anew:
+            options = replace(options, prompt_embeds=_embeds_of(made.prompt_embeds, folders))
     found = options_like(made, options)
     if options.model is None and options.bundle is None and not options.lora:
         for bundle in Store().list():
@@ -47,7 +51,12 @@ def options_like(made: Parameters, options: RunOptions) -> RunOptions:
     Another model, or a bundle that was asked for, keeps its own steps, sigmas and guidance. Raises UsageError for
     values that no option allows.
     """
-    texts = {"prompt": made.prompt, "seed": str(made.seed), "watermark": made.watermark or "off"}
+    prompt = made.prompt
+    if options.upsample != "none" and made.original_prompt is not None:
+        prompt = made.original_prompt  # to be rewritten anew
+    texts = {"seed": str(made.seed), "watermark": made.watermark or "off"}
+    if prompt or made.prompt_embeds is None:  # of embeds from elsewhere, the prompt can be unknown
+        texts["prompt"] = prompt
     if options.bundle is None:
         texts["model"] = made.model
     if options.match_image is None:
@@ -68,6 +77,10 @@ def find_references(references: Sequence[Reference], folders: Sequence[Path]) ->
     """The files of `references`, by name and content, each from the first folder that has it. Raises UsageError."""
     advice = "every reference with --image, in order"
     return tuple(_find(each.name, each.sha256, folders, "reference", advice) for each in references)
+
+
+def _embeds_of(embeds: Reference, folders: Sequence[Path]) -> Path:
+    return _find(embeds.name, embeds.sha256, folders, "file of prompt embeds", "it with --prompt-embeds")
 
 
 def _find(name: str, sha256: str, folders: Sequence[Path], what: str, advice: str) -> Path:

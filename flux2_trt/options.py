@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "tiny"
 SHOWN_CHARACTERS = 60  # of a value that is refused
 MetadataLevel = Literal["full", "minimal", "none"]
+UPSAMPLERS = ("none", "local", "openrouter")
 PIXELS = "a whole number of pixels, for example 256"
 
 
@@ -25,7 +26,8 @@ class Option:
     """What the user interfaces need to know of a field of `RunOptions`.
 
     `parse` takes one text and raises ValueError or UsageError; `allowed` completes the sentence "give ...". A repeated
-    option takes several values: a flag given several times, or values with commas between them.
+    option takes several values: a flag given several times, or values with commas between them. A switch is on where
+    its flag is given.
     """
 
     help: str
@@ -33,12 +35,18 @@ class Option:
     parse: Callable[[str], Any]
     repeated: bool = False
     short: str | None = None
+    switch: bool = False
 
 
 def _option(
-    help: str, allowed: str, parse: Callable[[str], Any], repeated: bool = False, short: str | None = None
+    help: str,
+    allowed: str,
+    parse: Callable[[str], Any],
+    repeated: bool = False,
+    short: str | None = None,
+    switch: bool = False,
 ) -> dict[str, Option]:
-    return {"option": Option(help, allowed, parse, repeated, short)}
+    return {"option": Option(help, allowed, parse, repeated, short, switch)}
 
 
 def _text(text: str) -> str:
@@ -116,6 +124,43 @@ def _seed(text: str) -> int:
     from flux2_trt.noise import picture_seeds
 
     return picture_seeds(_whole(text), count=1)[0]
+
+
+def _upsample(text: str) -> str:
+    if text in UPSAMPLERS:
+        return text
+    if "://" not in text:
+        raise ValueError(text)
+    return _address(text)
+
+
+def _address(text: str) -> str:
+    from flux2_trt.endpoint import checked_url
+
+    return checked_url(text)
+
+
+def _sampling(text: str) -> str:
+    from flux2_trt.sampling import Sampling
+
+    Sampling.from_text(text)
+    return text
+
+
+def _seconds(text: str) -> float:
+    if not 0.0 < (value := _number(text)) <= 3600.0:
+        raise ValueError(text)
+    return value
+
+
+def _switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(text)
+    return text == "on"
+
+
+def _on_off(text: str) -> str:
+    return "on" if _switch(text) else "off"
 
 
 def _backend(text: str) -> str:
@@ -236,6 +281,73 @@ class RunOptions:
         default=None,
         metadata=_option("Make this picture again; other options change it.", "a picture that flux2-trt wrote", _path),
     )
+    upsample: str = field(
+        default="none",
+        metadata=_option(
+            "Who rewrites the prompt: none, local, openrouter, or the URL of a chat endpoint (default: none).",
+            "none, local, openrouter, or an address like http://127.0.0.1:8000/v1",
+            _upsample,
+        ),
+    )
+    upsample_model: str | None = field(
+        default=None,
+        metadata=_option(
+            "The model that rewrites: its name at the endpoint, or for local a folder or a Hugging Face name.",
+            "the name of a model",
+            _text,
+        ),
+    )
+    upsample_params: str | None = field(
+        default=None,
+        metadata=_option(
+            "Its sampling parameters (default: temperature=0.15,max_tokens=512).",
+            "key=value pairs with commas, or JSON",
+            _sampling,
+        ),
+    )
+    upsample_strict: bool = field(
+        default=False,
+        metadata=_option("Fail where the prompt cannot be rewritten.", "on or off", _switch, switch=True),
+    )
+    text_encoder: str | None = field(
+        default=None,
+        metadata=_option(
+            "URL of a text encoder elsewhere; the prompt is sent there (default: here).",
+            "an address like https://HOST/predict",
+            _address,
+        ),
+    )
+    prompt_embeds: Path | None = field(
+        default=None,
+        metadata=_option(
+            "Draw prompts that flux2-trt encode encoded: all in the file, or the prompt that is given.",
+            "a .safetensors file that flux2-trt encode wrote",
+            _path,
+        ),
+    )
+    endpoint_timeout: float = field(
+        default=120.0,
+        metadata=_option(
+            "Seconds to wait for an answer of an endpoint (default: 120).", "a number up to 3600", _seconds
+        ),
+    )
+    safety: str | None = field(
+        default=None,
+        metadata=_option(f"Content checks, on or off (default: on, for {DEFAULT_MODEL} off).", "on or off", _on_off),
+    )
+    safety_model: str | None = field(
+        default=None,
+        metadata=_option(
+            "The language model that the checks ask (default: the reference's, Mistral Small 3.2).",
+            "a folder, or a Hugging Face name",
+            _text,
+        ),
+    )
+
+    @property
+    def asks(self) -> bool:
+        """Whether this says what to draw."""
+        return self.prompt is not None or self.like is not None or self.prompt_embeds is not None
 
 
 OPTIONS: Mapping[str, Option] = {field.name: field.metadata["option"] for field in fields(RunOptions)}
@@ -253,11 +365,13 @@ def default_of(name: str) -> Any:
     return value
 
 
-def options_from_texts(texts: Mapping[str, str | Iterable[str] | None]) -> RunOptions:
+def options_from_texts(texts: Mapping[str, str | bool | Iterable[str] | None]) -> RunOptions:
     """The options of a command line: every value as it was typed, None for what was not given. Raises UsageError."""
     values: dict[str, Any] = {}
     for name, given in texts.items():
-        if isinstance(given, str):
+        if isinstance(given, bool):
+            values[name] = given
+        elif isinstance(given, str):
             values[name] = _parsed(name, given)
         elif given is not None:
             values[name] = tuple(_parsed(name, text) for text in given)
@@ -285,6 +399,8 @@ def as_text(name: str, options: RunOptions) -> str:
     value = getattr(options, name)
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from flux2_trt.spec import Component, ModelSpec
 from flux2_trt.store import Store
 from flux2_trt.text import PromptTokenizer
 
+if TYPE_CHECKING:
+    from flux2_trt.safety import ContentChecks
+
 Floats = NDArray[np.float32]
 Reference = str | Path | Image.Image | NDArray[np.uint8]
 OutputType = Literal["pil", "np", "latent"]
@@ -43,6 +46,7 @@ class Output:
 
     `images`: PIL pictures, or float32 [B, H, W, 3] in 0..1, or latents [B, C, h, w]. `seed` is the base seed and
     `seeds` each picture's own. `truncated` says of each prompt whether its end was cut. `timings` are seconds by stage.
+    `refused`: why `content_checks` refused a picture, which is black then; None of one that they did not.
     """
 
     images: Any
@@ -54,6 +58,7 @@ class Output:
     guidance_scale: float
     truncated: tuple[bool, ...]
     timings: dict[str, float]
+    refused: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,8 @@ class Flux2Pipeline:
 
     `backend`: "plans" runs what was compiled; "torch" and "torch-compile" run the modules that it was compiled from,
     with the same weights, on a CUDA device where there is one: to compare with.
+
+    `content_checks` look at prompts, references and pictures (`flux2_trt.safety`); there are none unless they are set.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend = PLANS, runtime: Runtime | None = None) -> None:
@@ -135,6 +142,7 @@ class Flux2Pipeline:
         self._runtime = runtime
         self._tokenizer: PromptTokenizer | None = None
         self._interrupted = False
+        self.content_checks: ContentChecks | None = None
 
     @staticmethod
     def from_bundle(path: str | Path, backend: Backend = PLANS) -> Flux2Pipeline:
@@ -166,6 +174,7 @@ class Flux2Pipeline:
         seed: int | None = None,
         latents: Floats | None = None,
         prompt_embeds: Floats | None = None,
+        negative_prompt_embeds: Floats | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
     ) -> Output:
@@ -174,10 +183,12 @@ class Flux2Pipeline:
         `image`: one reference, a list that all prompts share, or one list per prompt. `height`, `width`: pixels; those
         of the first reference, else the model's default. `sigmas`: noise levels before the shift, one per step.
         `latents`: noise [B, C, h, w] fp32 in place of the seed's; `prompt_embeds` [B, T, context_dim] fp32 in place of
-        prompts. Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed.
+        prompts, and `negative_prompt_embeds` [1, T, context_dim] in place of the empty prompt's, where guidance takes
+        them. Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed.
         `callback_on_step_end(pipeline, step, timestep, {"latents": [b, C, h, w]})` may return other latents.
 
-        Raises UsageError (ImageError for a reference) for values that are not allowed, Interrupted after `interrupt`.
+        Raises UsageError (ImageError for a reference) for values that are not allowed, ContentError for a prompt or
+        reference that `content_checks` refuse, Interrupted after `interrupt`.
         """
         clock = _Clock()
         self._interrupted = False
@@ -193,6 +204,10 @@ class Flux2Pipeline:
             steps = len(sigmas) if sigmas is not None and num_inference_steps is None else num_inference_steps
             steps = self.spec.sampling.num_inference_steps if steps is None else steps
 
+            if self.content_checks is not None:
+                for text in prompts or ():
+                    self.content_checks.require_prompt(text)
+
             # 2. References and size
             references = self._load_references(image, count)
             width, height = self._size(width, height, references, latents)
@@ -206,7 +221,7 @@ class Flux2Pipeline:
 
             # 4. Encode
             with clock.stage("text_encoder"):
-                unconditional = self._unconditional() if self._uses_cfg(guidance) else None
+                unconditional = self._unconditional(negative_prompt_embeds) if self._uses_cfg(guidance) else None
                 if prompts is None:
                     embeds, truncated = np.asarray(prompt_embeds, dtype=np.float32), (False,) * count
                 else:
@@ -231,6 +246,10 @@ class Flux2Pipeline:
                         decoding.put((lambda latents: latents) if output_type == "latent" else self._decode, final)
                 with clock.stage("vae_decoder"):
                     results = decoding.results()
+
+            # 6. Look at what came of it
+            refused = tuple(None if output_type == "latent" else self._refusal(result) for result in results)
+            results = [np.zeros_like(result) if why else result for result, why in zip(results, refused, strict=True)]
         return Output(
             images=_as_output(np.concatenate(results), output_type),
             seed=base_seed,
@@ -241,6 +260,7 @@ class Flux2Pipeline:
             guidance_scale=guidance,
             truncated=truncated,
             timings=clock.seconds,
+            refused=refused,
         )
 
     def engine(self, component: Component) -> Engine:
@@ -319,7 +339,10 @@ class Flux2Pipeline:
     def _prepared(self, group: list[Reference]) -> list[NDArray[np.uint8]]:
         area = reference_max_area(len(group), cap=self.spec.sampling.max_reference_area)
         multiple = self.spec.autoencoder.pixels_per_token
-        return [prepare_reference(load_reference(item), area, multiple) for item in group]
+        loaded = [load_reference(item) for item in group]
+        if self.content_checks is not None:
+            self.content_checks.require_references(loaded)
+        return [prepare_reference(picture, area, multiple) for picture in loaded]
 
     def _size(
         self,
@@ -373,8 +396,16 @@ class Flux2Pipeline:
         ]
         return np.concatenate(rows), tokens.truncated
 
-    def _unconditional(self) -> Floats:
+    def _unconditional(self, given: Floats | None) -> Floats:
         """Embeds [T, context_dim] of the empty prompt."""
+        if given is not None:
+            width = self.spec.transformer.context_dim
+            if np.ndim(given) != 3 or (len(given), np.shape(given)[2]) != (1, width) or not np.isfinite(given).all():
+                raise UsageError(
+                    f"negative_prompt_embeds {list(np.shape(given))} do not fit; give finite numbers of shape "
+                    f"[1, T, {width}]"
+                )
+            return np.asarray(given[0], dtype=np.float32)
         if self.spec.text_encoder is None:
             raise UsageError(f"{self.spec.name} has no text encoder for the empty prompt; use guidance_scale 1")
         return self.encode_prompt([UNCONDITIONAL])[0][0]
@@ -443,6 +474,10 @@ class Flux2Pipeline:
         tokens = np.array(read())
         tokens[:, :image_tokens] = pack(np.asarray(changed["latents"], np.float32))
         return tokens
+
+    def _refusal(self, pixels: NDArray[Any]) -> str | None:
+        """Why the checks refuse a picture, uint8 [1, H, W, 3]."""
+        return self.content_checks.picture(Image.fromarray(pixels[0])) if self.content_checks else None
 
     def _decode(self, latents: Floats) -> NDArray[np.uint8]:
         """[1, C, h, w] to uint8 [1, H, W, 3]."""

@@ -34,7 +34,8 @@ class Parameters:
     `seed` is the picture's own (`latents.picture_seeds`): the same seed makes it again by itself. `image_index` says
     which picture of its run it was, so the run's base seed is seed - image_index modulo 2**64. `sigmas` are the custom
     levels as given, None for the default schedule. `model_key` is the bundle's key. `watermark` are the bits that were
-    put into the pixels, as zeros and ones.
+    put into the pixels, as zeros and ones. `prompt` is what was drawn; where it was rewritten, `original_prompt` is
+    what was typed and `upsampled_by` who rewrote it. `prompt_embeds` is the file that its embeds were taken from.
     """
 
     prompt: str
@@ -50,6 +51,9 @@ class Parameters:
     references: tuple[Reference, ...] = ()
     image_index: int = 0
     watermark: str | None = None
+    original_prompt: str | None = None
+    upsampled_by: str | None = None
+    prompt_embeds: Reference | None = None
     loras: tuple[UsedLora, ...] = ()
 
     def to_text(self) -> str:
@@ -64,6 +68,8 @@ class Parameters:
             "Model": json.dumps(self.model, ensure_ascii=False) if set(self.model) & set(",:\n") else self.model,
             "Version": f"flux2-trt {self.version}",
         }
+        if self.original_prompt is not None:  # always quoted: it may end in what looks like settings
+            settings["Original prompt"] = json.dumps(self.original_prompt, ensure_ascii=False)
         if self.loras:
             used = ", ".join(f"{lora.name}:{lora.strength:g}" for lora in self.loras)
             settings["LoRA"] = json.dumps(used, ensure_ascii=False)
@@ -77,8 +83,11 @@ class Parameters:
     def from_json(text: str) -> Parameters:
         """Raises ValueError, TypeError or OverflowError where a key is missing or unknown, a value of another type."""
         values: dict[str, Any] = dict(json.loads(text, parse_float=_finite, parse_constant=_finite))
-        if not isinstance(values.get("watermark"), str | None):
-            raise TypeError("watermark is no text")
+        for name in ("watermark", "original_prompt", "upsampled_by"):
+            if not isinstance(values.get(name), str | None):
+                raise TypeError(f"{name} is no text")
+        if values.get("prompt_embeds") is not None:
+            values["prompt_embeds"] = _checked(Reference, values["prompt_embeds"])
         if values.get("sigmas") is not None:
             values["sigmas"] = tuple(float(sigma) for sigma in values["sigmas"])
         values["references"] = tuple(_checked(Reference, reference) for reference in values.get("references", ()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flux2_trt.console import Console
 from flux2_trt.credentials import Ingredient
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
+from flux2_trt.manifest import SYNTHETIC
 from flux2_trt.options import DEFAULT_MODEL, RunOptions
 from flux2_trt.outputs import format_of, reserved_names, write_file
 from flux2_trt.spec import ModelSpec
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from flux2_trt.imprint import Imprint
     from flux2_trt.lora.request import LoraRequest
     from flux2_trt.pipeline import Flux2Pipeline, Output
+    from flux2_trt.preparation import Wording
     from flux2_trt.runtime.engine import Backend
+    from flux2_trt.safety import ContentChecks
 
 TINY = "tiny"
 SEED_BITS = 32
@@ -31,10 +34,19 @@ BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "engines", "export")
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A picture that the content checks refused, counted from 1: nothing of it is written."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class RunReport:
     """What came of one request; `images` are paths, `seeds` each picture's own, `timings` seconds by stage.
 
-    `watermark_bits`: how many bits are read back from each file, None where no watermark was put in.
+    `watermark_bits`: how many bits are read back from each file, None where no watermark was put in. `prompts` are what
+    was drawn; `original_prompt` is what was typed and `upsampled_by` who rewrote it, None where nobody did.
     """
 
     images: list[str]
@@ -49,13 +61,23 @@ class RunReport:
     prompt_truncated: bool
     watermark_bits: list[int | None]
     timings: dict[str, float]
+    prompts: list[str]
+    original_prompt: str | None
+    upsampled_by: str | None
+    refused: list[Refused]
 
 
 class Runner:
-    """Makes pictures for one request after the other, with the pipeline of the last one."""
+    """Makes pictures for one request after the other, with the pipeline of the last one.
 
-    def __init__(self, console: Console, overwrite: bool = False) -> None:
+    `checks`: content checks of your own, in place of those that the options ask for.
+    """
+
+    def __init__(self, console: Console, overwrite: bool = False, checks: ContentChecks | None = None) -> None:
         self._console = console
+        self._own_checks = checks
+        self._checks_asked: tuple[str | None, ...] = ()
+        self._last_checks: ContentChecks | None = None
         self._overwrite = overwrite
         self._pipeline: Flux2Pipeline | None = None
         self._folder: Path | None = None
@@ -71,12 +93,13 @@ class Runner:
         from flux2_trt.imprint import Imprint
         from flux2_trt.like import made_again
         from flux2_trt.metadata import read_parameters
+        from flux2_trt.preparation import Preparation, carried
 
         # 1. What was asked, and of which model: nothing is loaded yet
         made = None if options.like is None else read_parameters(options.like)
         if made is not None:
             options = made_again(made, options)
-        if options.prompt is None or not options.prompt.strip():
+        if not (options.prompt or "").strip() and (options.prompt is not None or options.prompt_embeds is None):
             wrong = "there is no prompt" if options.prompt is None else "the prompt is empty"
             raise UsageError(f'{wrong}; give one, for example: flux2-trt run "a red cube"')
         self._introduce(options)
@@ -85,9 +108,11 @@ class Runner:
         options = _checked(options, spec, references)
         wanted = Imprint.from_options(options, marked=spec.name != TINY)
         ingredients = [Ingredient.from_file(path) for path in options.image] if wanted.signer else []
+        preparation = Preparation(self._console, options, spec)
 
         # 2. The names of the pictures, then the model
-        with reserved_names(options.output, options.num_images, self._overwrite) as names:
+        count = options.num_images * preparation.num_prompts
+        with reserved_names(options.output, count, self._overwrite) as names:
             pipeline = self._load(folder, options)
             if made is not None and made.model_key != pipeline.bundle.manifest.key:
                 self._console.warn(
@@ -95,13 +120,39 @@ class Runner:
                     f"{pipeline.bundle.manifest.key[:12]!r} of {spec.name!r}: the picture can differ"
                 )
 
-            # 3. Draw
-            seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
-            output = self._draw(pipeline, options, references, seed)
+            pipeline.content_checks = self._checks(options, pipeline)
 
-            # 4. Write
-            bits = self._write(pipeline, options, output, hashes, names, on_written, wanted, ingredients)
-        return self._report(pipeline, options, output, names, bits)
+            # 3. The prompt as it is drawn
+            wording = preparation.word(pipeline.bundle.manifest, references, pipeline.content_checks)
+            if made is not None and wording.prompts == (made.prompt,):
+                told = carried(wording.upsampled, made.original_prompt, made.upsampled_by)
+                wording = replace(wording, upsampled=told)
+
+            # 4. Draw
+            seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+            output = self._draw(pipeline, options, wording, references, seed)
+
+            # 5. Write
+            bits = self._write(pipeline, options, wording, output, hashes, names, on_written, wanted, ingredients)
+        return self._report(pipeline, options, wording, output, names, bits)
+
+    def open(self, options: RunOptions) -> Flux2Pipeline:
+        """The pipeline that `options` ask for, kept until they ask for another. Raises Flux2Error."""
+        self._introduce(options)
+        folder, _ = self._locate(options)
+        return self._load(folder, options)
+
+    def _checks(self, options: RunOptions, pipeline: Flux2Pipeline) -> ContentChecks | None:
+        if self._own_checks is not None:
+            return None if options.safety == "off" else self._own_checks
+        asked = (options.safety, options.safety_model, pipeline.bundle.manifest.key)
+        if asked != self._checks_asked:  # those of the last request remember what they have seen
+            from flux2_trt.preparation import content_checks
+
+            manifest = pipeline.bundle.manifest
+            tested = manifest.model.name != TINY and SYNTHETIC not in manifest.source
+            self._checks_asked, self._last_checks = asked, content_checks(options, manifest, tested)
+        return self._last_checks
 
     def _introduce(self, options: RunOptions) -> None:
         if options.model is None and options.bundle is None and not self._introduced:
@@ -191,16 +242,26 @@ class Runner:
         self._folded[folder, loras, stamps] = found
         return found
 
-    def _draw(self, pipeline: Flux2Pipeline, options: RunOptions, references: list[Image.Image], seed: int) -> Output:
+    def _draw(
+        self,
+        pipeline: Flux2Pipeline,
+        options: RunOptions,
+        wording: Wording,
+        references: list[Image.Image],
+        seed: int,
+    ) -> Output:
         steps = options.steps or (len(options.sigmas) if options.sigmas else pipeline.spec.sampling.num_inference_steps)
-        console = self._console
-        with console.clean_results(), console.progress("drawing", steps * options.num_images) as advance:
+        console, count = self._console, options.num_images * len(wording.prompts)
+        asked: dict[str, Any] = {"prompt": wording.prompts[0]}
+        if made := wording.embeds:
+            asked = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative}
+        with console.clean_results(), console.progress("drawing", steps * count) as advance:
 
             def on_step_end(*_: Any) -> None:
                 advance()
 
             return pipeline(
-                prompt=options.prompt,
+                **asked,
                 image=references or None,
                 width=options.width,
                 height=options.height,
@@ -217,6 +278,7 @@ class Runner:
         self,
         pipeline: Flux2Pipeline,
         options: RunOptions,
+        wording: Wording,
         output: Output,
         hashes: list[str],
         names: list[Path],
@@ -226,16 +288,22 @@ class Runner:
     ) -> list[int | None]:
         import numpy as np
 
+        from flux2_trt.bundle import file_sha256
         from flux2_trt.imprint import imprint
         from flux2_trt.provenance import Parameters, Reference, UsedLora
 
         loras = pipeline.bundle.manifest.loras
         bits: list[int | None] = []
-        assert options.prompt is not None
+        embeds_file = None
+        if options.prompt_embeds is not None:
+            embeds_file = Reference(options.prompt_embeds.name, file_sha256(options.prompt_embeds))
         references = tuple(Reference(path.name, sha256) for path, sha256 in zip(options.image, hashes, strict=True))
         for index, (name, image) in enumerate(zip(names, output.images, strict=True)):
+            if output.refused[index]:
+                self._console.warn(f"picture {index + 1} was refused and not written: {output.refused[index]}")
+                continue
             parameters = Parameters(
-                prompt=options.prompt,
+                prompt=wording.prompts[index // options.num_images],
                 seed=output.seeds[index],
                 width=output.width,
                 height=output.height,
@@ -247,6 +315,9 @@ class Runner:
                 sigmas=options.sigmas,
                 references=references,
                 image_index=index,
+                original_prompt=wording.upsampled.original,
+                upsampled_by=wording.upsampled.by,
+                prompt_embeds=embeds_file,
                 loras=tuple(UsedLora(lora["file"], lora["sha256"], lora["strength"]) for lora in loras),
             )
             file = imprint(np.asarray(image), format_of(name), parameters, wanted, ingredients)
@@ -261,6 +332,7 @@ class Runner:
         self,
         pipeline: Flux2Pipeline,
         options: RunOptions,
+        wording: Wording,
         output: Output,
         names: list[Path],
         watermark_bits: list[int | None],
@@ -274,10 +346,11 @@ class Runner:
             f"{output.width}x{output.height}, steps {output.num_inference_steps}, guidance {output.guidance_scale:g}, "
             f"seed {output.seed}{drawn}, {output.timings.get('total', 0.0):.2f} s"
         )
+        kept = [index for index, reason in enumerate(output.refused) if not reason]
         return RunReport(
-            images=[str(name) for name in names],
+            images=[str(names[index]) for index in kept],
             seed=output.seed,
-            seeds=list(output.seeds),
+            seeds=[output.seeds[index] for index in kept],
             model=pipeline.spec.name,
             bundle=str(self._folder),
             width=output.width,
@@ -287,6 +360,10 @@ class Runner:
             prompt_truncated=truncated,
             watermark_bits=watermark_bits,
             timings=dict(output.timings),
+            prompts=list(wording.prompts),
+            original_prompt=wording.upsampled.original,
+            upsampled_by=wording.upsampled.by,
+            refused=[Refused(index + 1, reason) for index, reason in enumerate(output.refused) if reason],
         )
 
 
@@ -354,8 +431,8 @@ def _checked(options: RunOptions, spec: ModelSpec, references: list[Image.Image]
     from flux2_trt.schedule import sigmas
 
     sampling, multiple = spec.sampling, spec.autoencoder.pixels_per_token
-    if spec.text_encoder is None:
-        raise UsageError(f"{spec.name} has no text encoder; give prompt_embeds to Flux2Pipeline in Python instead")
+    if spec.text_encoder is None and options.prompt_embeds is None:
+        raise UsageError(f"{spec.name} has no text encoder; give --prompt-embeds FILE in place of a prompt")
     if options.match_image is not None:
         if options.width or options.height:
             raise UsageError("give width and height, or match-image, not both")

@@ -86,7 +86,7 @@ class Session:
             self._run()
 
     def _run(self) -> None:
-        if self.options.prompt is None and self.options.like is None:
+        if not self.options.asks:
             raise UsageError("there is no prompt yet; type what to draw")
         self._runner.run(self.options, self._on_written)
 

@@ -6,6 +6,7 @@ object `name -> {dtype, shape, data_offsets}`; then the tensors, row-major and b
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
@@ -93,24 +94,25 @@ class TensorView:
 class TensorFile:
     """The tensors of one .safetensors file by the names they have there.
 
-    The mapping lives as long as a view of it. Raises CheckpointError for a file that is missing, empty, truncated,
-    inconsistent, or of another format.
+    `data`: its bytes, where it is not on disk; `path` then is what messages call it. The mapping lives as long as a
+    view of it. Raises CheckpointError for a file that is missing, empty, truncated, inconsistent, or of another format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
+        mapped: mmap.mmap | bytes
         try:
-            with path.open("rb") as file:
-                file_bytes = path.stat().st_size
+            with path.open("rb") if data is None else io.BytesIO(data) as file:
+                file_bytes = path.stat().st_size if data is None else len(data)
                 header = _read_header(path, file, file_bytes)
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if data is None else data
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; check the path or download it again") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         self.metadata = _metadata(path, header.values.pop("__metadata__", {}))
-        data = np.frombuffer(mapped, np.uint8)[header.data_start :]
-        self.tensors: Mapping[str, TensorView] = _views(path, header.values, data)
+        stored = np.frombuffer(mapped, np.uint8)[header.data_start :]
+        self.tensors: Mapping[str, TensorView] = _views(path, header.values, stored)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class PromptTokenizer:
         if isinstance(prompts, str) or not prompts:
             raise UsageError(f"prompts are given as a list of at least one text, not {prompts!r:.40}")
         for index, prompt in enumerate(prompts):
-            _check(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}")
+            check_prompt(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}")
         encodings = [self._encode(prompt) for prompt in prompts]
         return TokenizedPrompts(
             input_ids=np.array([encoding.ids for encoding in encodings], np.int64),
@@ -139,7 +139,7 @@ class PromptTokenizer:
         return self._tokenizer.encode(self._format.render(prompt), add_special_tokens=self._format.post_process)
 
 
-def _check(prompt: object, name: str) -> None:
+def check_prompt(prompt: object, name: str) -> None:
     if not isinstance(prompt, str):
         raise UsageError(f"{name} is of type {type(prompt).__name__}; give a text (str)")
     if len(prompt) > MAX_PROMPT_CHARACTERS:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from fake_endpoint import answering, completion
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -59,11 +60,14 @@ class Bench:
     failure: BaseException | None = None
     failing_step: int = 0
     left: str | None = None
+    refused: tuple[str | None, ...] = ()
 
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path) -> Bench:
     monkeypatch.setenv("FLUX2_TRT_HOME", str(tmp_path / "home"))
+    for variable in ("OPENROUTER_API_KEY", "UPSAMPLE_API_KEY", "TEXT_ENCODER_PATH"):
+        monkeypatch.delenv(variable, raising=False)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     bench = Bench()
@@ -99,6 +103,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
                 num_inference_steps=steps,
                 guidance_scale=rest["guidance_scale"] or sampling.guidance_scale,
                 truncated=(bench.truncated,),
+                refused=bench.refused or (None,) * num_images_per_prompt,
                 timings={"total": 0.5},
             )
 
@@ -254,6 +259,16 @@ def test_quiet_leaves_stderr_to_warnings(bench):
         ["--like", "missing.png"],
         ["-o", "folder/"],
         ["--colour", "red"],
+        ["--upsample", "somebody"],
+        ["--upsample", "openrouter"],
+        ["--upsample", "local"],
+        ["--upsample", "https://me:secret@host/v1"],
+        ["--upsample", "http://127.0.0.1:1/v1", "--upsample-params", "model=other"],
+        ["--upsample-params", "hot"],
+        ["--text-encoder", "host"],
+        ["--prompt-embeds", "missing.safetensors"],
+        ["--endpoint-timeout", "0"],
+        ["--safety", "maybe"],
     ],
 )
 @pytest.mark.parametrize("built", [True, False])
@@ -459,6 +474,76 @@ def test_what_is_no_picture_does_not_hide_the_others(bench):
     for flags in (["--watermark", "2"], ["--trust", "missing.pem"], []):
         names = ["cube.png"] if flags else []
         assert the_object(flux2("inspect", *names, *flags, "--json"))["exit_code"] == 2
+
+
+# prompts that are rewritten, pictures that are refused
+
+
+def test_a_rewritten_prompt_is_drawn_and_the_typed_one_kept(bench):
+    publish()
+    with answering(completion("a large red cube")) as endpoint:
+        flags = ["--upsample", endpoint.url, "--upsample-model", "m", "--upsample-params", "seed=7"]
+        report = the_object(flux2("run", "a cube", *flags, "--json"))
+        text = flux2("run", "a cube", *flags)
+    assert bench.calls[0]["prompt"] == report["prompts"][0] == "a large red cube"
+    assert (report["original_prompt"], report["upsampled_by"]) == ("a cube", "endpoint m")
+    assert "rewritten by endpoint m: a large red cube" in text.stderr and text.stdout == "flux2-0002.png\n"
+    assert endpoint.asked[0].body["seed"] == 7
+    parameters = read_parameters("flux2-0001.png")
+    assert (parameters.prompt, parameters.original_prompt) == ("a large red cube", "a cube")
+    flux2("run", "--like", "flux2-0001.png")
+    again = read_parameters("flux2-0003.png")
+    assert bench.calls[-1]["prompt"] == "a large red cube" and len(endpoint.asked) == 2
+    assert (again.original_prompt, again.upsampled_by) == ("a cube", "endpoint m")
+    with answering(completion("another")) as endpoint:
+        flux2("run", "--like", "flux2-0001.png", "--upsample", endpoint.url, "--upsample-model", "m")
+    assert endpoint.asked[0].body["messages"][1]["content"] == "a cube"  # what was typed is rewritten anew
+
+
+def test_a_prompt_that_is_not_rewritten_is_drawn_or_with_strict_an_error(bench):
+    publish()
+    with answering(completion("I'm sorry, but I can't help with that.")) as endpoint:
+        flags = ["--upsample", endpoint.url, "--upsample-model", "m"]
+        result = flux2("run", "a cube", *flags)
+        strict = flux2("run", "a cube", *flags, "--upsample-strict")
+    assert result.exit_code == 0 and "warning: the prompt is used as it is" in result.stderr
+    assert bench.calls[0]["prompt"] == "a cube" and read_parameters("flux2-0001.png").original_prompt is None
+    assert (strict.exit_code, strict.stdout) == (1, "") and "not rewritten: the language model refused" in strict.stderr
+    assert len(bench.calls) == 1 and files() == ["flux2-0001.png"]
+
+
+def test_a_session_can_switch_upsampling(bench, terminal):
+    publish()
+    with answering(completion("a large cube")) as endpoint:
+        typed = f"upsample={endpoint.url} upsample_model=m upsample_strict=on\nshow\na cube\nupsample=\na ball\nquit\n"
+        result = flux2("run", typed=typed)
+    assert [call["prompt"] for call in bench.calls] == ["a large cube", "a ball"]
+    assert "upsample_strict=on" in result.stdout
+
+
+def test_refused_pictures_are_not_written_and_the_others_are(bench):
+    publish()
+    bench.refused = (None, "it is too red", None)
+    result = flux2("run", "a cube", "--num-images", "3", "-o", "cube.png")
+    assert result.exit_code == 1 and result.stdout == "cube-0001.png\ncube-0003.png\n"
+    assert "picture 2 was refused and not written: it is too red" in result.stderr
+    assert files() == ["cube-0001.png", "cube-0003.png"]
+    report = the_object(flux2("run", "a cube", "--num-images", "3", "--seed", "5", "--json"))
+    assert report["exit_code"] == 1 and report["refused"] == [{"number": 2, "reason": "it is too red"}]
+    assert report["seeds"] == [5, 7] and len(report["images"]) == len(report["watermark_bits"]) == 2
+
+
+def test_content_checks_are_on_for_the_real_models_and_look_before_a_prompt_is_sent(bench):
+    for model in ("tiny", "klein-4b"):
+        publish(model)
+    with answering(completion("a large cube")) as endpoint:
+        flags = ["--upsample", endpoint.url, "--upsample-model", "m"]
+        refused = flux2("run", "a cube", "--model", "klein-4b", *flags)
+        assert refused.exit_code == 1 and "Mistral-Small" in refused.stderr and "--safety off" in refused.stderr
+        assert not endpoint.asked and not bench.calls and not files()
+        for model, safety in (("klein-4b", ["--safety", "off"]), ("tiny", [])):
+            assert flux2("run", "a cube", "--model", model, *safety, *flags).exit_code == 0
+    assert len(bench.calls) == 2
 
 
 # which bundle

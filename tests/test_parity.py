@@ -26,7 +26,11 @@ from PIL import Image
 
 import engines.components
 from engines.build import BuildRequest, build
+from flux2_trt.console import Console
+from flux2_trt.embeds import encoder_identity, read_embeds
+from flux2_trt.encoding import encode_file
 from flux2_trt.errors import Interrupted, UsageError
+from flux2_trt.options import RunOptions
 from flux2_trt.pipeline import Flux2Pipeline as OurPipeline
 
 Floats = NDArray[np.float32]
@@ -378,3 +382,19 @@ def test_interrupt_stops_between_two_steps(klein: Pair) -> None:
         latents_of(klein.ours, prompt_embeds=normal(1, 9, 24), num_inference_steps=5, callback_on_step_end=stop)
     assert steps == [0, 1]
     assert latents_of(klein.ours, prompt_embeds=normal(1, 9, 24), seed=0).shape == (1, 16, 4, 5)
+
+
+def test_embeds_of_both_prompts_stand_in_for_them(base: Pair, tmp_path: Path) -> None:
+    """And travel in the file that `flux2-trt encode` writes."""
+    ours, size = base.ours, {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
+    expected = ours("a cat", guidance_scale=4.0, **size).images
+    path = tmp_path / "e.safetensors"
+    encode_file(Console(quiet=True), ["a cat"], path, RunOptions(bundle=ours.bundle.path))
+    made = read_embeds(path).checked(ours.spec, encoder_identity(ours.bundle.manifest), "the file")
+    given: dict[str, Any] = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative, **size}
+    np.testing.assert_array_equal(ours(guidance_scale=4.0, **given).images, expected)
+    assert (ours(guidance_scale=1.0, **given).images != expected).any()
+    assert made.negative is not None
+    for wrong in (made.negative[0], made.negative[:, :, 1:], np.full_like(made.negative, np.nan)):
+        with pytest.raises(UsageError, match="negative_prompt_embeds"):
+            ours(guidance_scale=4.0, **{**given, "negative_prompt_embeds": wrong})
