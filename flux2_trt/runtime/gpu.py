@@ -54,12 +54,14 @@ class GpuRuntime:
         graphs: bool = True,
         load_plan: LoadPlan | None = None,
         cache: Path | None = None,
+        weights: Callable[[ComponentRecord], WeightSource] | None = None,
     ) -> None:
         """`store`: of weights that other runtimes on this device share. `cache`: a folder for kernels that are made on
-        this machine."""
+        this machine. `weights`: in place of the bundle's files, from a component's record."""
         self.bundle, self.device, self.residency, self.overlaps = bundle, device, residency, overlaps
         self._store = store or WeightStore(device)
         self._load_plan = load_plan or partial(_tensorrt_plan, cache)
+        self._made_up = weights
         self._plans: dict[str, Plan] = {}
         self._files: dict[str, WeightSource] = {}
         self._weights: dict[Component, list[Weights]] = {}
@@ -164,6 +166,11 @@ class GpuRuntime:
 
     def _source(self, name: str) -> tuple[str, WeightSource]:
         """The digest of a component's weight file, and the file."""
+        if self._made_up:
+            whole = name.partition(".")[0]
+            if whole not in self._files:
+                self._files[whole] = self._made_up(self.bundle.component(name))
+            return whole, self._files[whole]
         record, path = self.bundle.component(name).weights, self.bundle.weights_path(name)
         if record is None or path is None:
             raise BundleError(

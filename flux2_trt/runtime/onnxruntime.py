@@ -17,6 +17,10 @@ from flux2_trt.runtime.engine import Arrays
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 SPINNING = "session.intra_op.allow_spinning"
+NO_FUSED_QUANTIZATION = "session.disable_quant_qdq"
+FP8_MARK = b"fp8_scale"  # a constant of every FP8 graph (`export.quantize`)
+KNOWS_FP8 = (1, 32)
+"""From this version on, ONNX Runtime fuses quantized products without taking FP8 for INT8."""
 INT4_ACCURACY, FP32_INPUTS = "session.qdq_matmulnbits_accuracy_level", "1"  # its default rounds inputs to 8 bits
 
 
@@ -58,11 +62,18 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry(SPINNING, "0")
         options.add_session_config_entry(WEIGHTS_FOLDER, str(weights.parent))
         options.add_session_config_entry(INT4_ACCURACY, FP32_INPUTS)
+        data = plan.read_bytes()
+        version = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+        if version < KNOWS_FP8 and FP8_MARK in data:
+            options.add_session_config_entry(NO_FUSED_QUANTIZATION, "1")
         try:
-            self.session = onnxruntime.InferenceSession(plan.read_bytes(), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # pybind exceptions of ONNX Runtime share no base class
             reason = str(error).splitlines()[0]
-            raise BundleError(f"ONNX Runtime cannot load {plan}: {reason}; build the bundle again") from error
+            raise BundleError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {plan}: {reason}; build the bundle again, or "
+                "update it: pip install -U onnxruntime"
+            ) from error
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -1,0 +1,79 @@
+"""A step of diffusers' transformer on the same GPU: eager, and with its repeated blocks compiled."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import diffusers_transformer
+from benchmarks.gpu.loops import Case, trajectory
+from flux2_trt.latents import position_ids
+from flux2_trt.spec import ModelSpec
+
+WARM, TIMED = 3, 5
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """`step_ms`: the median of a forward pass on the device, one after the other; random weights in bf16."""
+
+    case: Case
+    way: str
+    step_ms: float
+    first_seconds: float
+    peak_bytes: int
+
+
+def measure(spec: ModelSpec, cases: list[Case], ways: tuple[str, ...] = ("eager", "compiled")) -> Iterator[StepTimes]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"), torch.no_grad():
+            model = diffusers_transformer(spec.transformer).eval()
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for way in ways:
+        if way == "compiled":
+            model.compile_repeated_blocks(fullgraph=True)
+        for case in cases:
+            yield _measure(spec, model, case, way)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _measure(spec: ModelSpec, model: Any, case: Case, way: str) -> StepTimes:
+    made, unit = trajectory(spec, case, 2), spec.autoencoder.pixels_per_token
+    ids = position_ids(made.prompt_embeds.shape[1], case.height // unit, case.width // unit,
+                       [(1024 // unit, 1024 // unit)] * case.references)  # fmt: skip
+    places = torch.from_numpy(ids).cuda().float()
+    length = made.prompt_embeds.shape[1]
+    asked = {
+        "hidden_states": torch.from_numpy(made.tokens).cuda().bfloat16(),
+        "encoder_hidden_states": torch.from_numpy(made.prompt_embeds).cuda().bfloat16(),
+        "timestep": torch.tensor([0.5], device="cuda", dtype=torch.bfloat16),
+        "txt_ids": places[None, :length],
+        "img_ids": places[None, length:],
+        "guidance": None if made.guidance is None else torch.tensor([4.0], device="cuda", dtype=torch.bfloat16),
+        "return_dict": False,
+    }
+    torch.cuda.reset_peak_memory_stats()
+    seconds = [_seconds(model, asked) for _ in range(WARM + TIMED)]
+    return StepTimes(case, way, statistics.median(seconds[WARM:]) * 1e3, seconds[0], torch.cuda.max_memory_reserved())
+
+
+def _seconds(model: Any, asked: dict[str, Any]) -> float:
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    model(**asked)
+    ended.record()
+    torch.cuda.synchronize()
+    return begun.elapsed_time(ended) / 1e3

@@ -1,0 +1,217 @@
+"""What has to be seen on a real GPU: `python -m benchmarks.gpu_check`.
+
+Runs the tests that need one, draws `tiny`'s pictures on it beside the CPU's, and measures the denoising loop of real
+sizes with random weights, beside diffusers on the same GPU. What the machine cannot do is left out, and said. Writes
+`results/GPU-DATE.json` after every part, so that nothing is lost.
+
+Plans are compiled where TensorRT for this GPU is installed; else their graphs run by torch, as `--backend torch` does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.gpu.device import TimedDevice
+from benchmarks.gpu.loops import Case, measure
+from benchmarks.harness.identity import identity
+from benchmarks.harness.monitor import Monitor
+from engines.build import BuildRequest, build
+from engines.targets import TARGETS
+from flux2_trt.bundle import Bundle
+from flux2_trt.errors import Flux2Error
+from flux2_trt.outputs import write_file
+from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, Residency
+from flux2_trt.runtime.torch_plan import TorchPlans
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+SIZES = (Case(1024, 1024), Case(512, 512), Case(1024, 1024, 1), Case(1024, 1024, 2), Case(2048, 2048))
+PARTS = ("rates", "tests", "pictures", "loops", "theirs")
+CARD_BYTES = 24 * 10**9
+"""Of the smaller card that streaming is measured for: what does not fit it, streams."""
+
+
+def main(
+    parts: Annotated[str, typer.Option(help=f"Of {','.join(PARTS)}.")] = ",".join(PARTS),
+    models: Annotated[str, typer.Option(help="MODEL:PRECISION[:streamed], with commas between them.")] = (
+        "klein-4b:fp8,klein-4b:bf16,dev:fp8,dev:fp8:streamed,dev:bf16"
+    ),
+    sizes: Annotated[int, typer.Option(help="How many of the sizes.")] = len(SIZES),
+    seconds: Annotated[float, typer.Option(help="No part begins after so many seconds.")] = 540.0,
+    store: Annotated[Path | None, typer.Option(help="Bundles from here, and to here.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The result (default: results/GPU-DATE.json).")] = None,
+) -> None:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        check = Check(store or Path(folder), output, begun + seconds)
+        for name in parts.split(","):
+            check.part(name, {"models": models.split(","), "sizes": SIZES[:sizes]})
+        print(f"{check.path}, {time.monotonic() - begun:.0f} s")
+
+
+class Check:
+    def __init__(self, store: Path, output: Path | None, deadline: float) -> None:
+        self.device, self.store, self.deadline = TimedDevice(), store, deadline
+        self.target = next(
+            (t.name for t in TARGETS.values() if t.compute_capability and t.device([self.device])), "h100"
+        )
+        name = re.sub(r"[^a-z0-9]+", "-", self.device.name.lower()).strip("-")
+        self.path = output or RESULTS / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+        self.free = self.device.free_bytes()
+        self.result: dict[str, Any] = {
+            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "identity": identity(Monitor.find()),
+            "gpu": {
+                "name": self.device.name,
+                "compute_capability": self.device.compute_capability,
+                "multiprocessors": self.device.multiprocessors,
+                "free_bytes": self.free,
+            },
+            "target": self.target,
+            "left_out": [],
+        }
+
+    def part(self, name: str, asked: dict[str, Any]) -> None:
+        rows: Iterator[Any] = getattr(self, f"_{name}")(asked)
+        while True:
+            if time.monotonic() > self.deadline:
+                self._leave_out(f"{name}: no time was left")
+                return
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except (Flux2Error, RuntimeError, ImportError) as error:
+                traceback.print_exc()
+                self._leave_out(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                return
+            print(name, json.dumps(row), flush=True)
+            self.result.setdefault(name, []).append(row)
+            self._write()
+
+    def _leave_out(self, why: str) -> None:
+        print("left out:", why, flush=True)
+        self.result["left_out"].append(why)
+        self._write()
+
+    def _write(self) -> None:
+        write_file(self.path, json.dumps(self.result, indent=1).encode(), overwrite=True)
+
+    def _rates(self, _: dict[str, Any]) -> Iterator[Any]:
+        from benchmarks.gpu.rates import rates
+
+        yield rates()
+
+    def _tests(self, _: dict[str, Any]) -> Iterator[Any]:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if re.search(r"^FAILED|^ERROR| in \d", line)]
+        yield {"exit": done.returncode, "lines": lines[-20:], "errors": done.stderr.splitlines()[-3:]}
+
+    def _pictures(self, _: dict[str, Any]) -> Iterator[Any]:
+        from benchmarks.gpu.pictures import compare, draw, likeness
+        from flux2_trt.pipeline import Flux2Pipeline
+
+        def on_cpu(precision: str) -> Any:
+            pipeline = Flux2Pipeline(self._bundle("tiny", "cpu", precision))
+            drawn.setdefault(precision, draw(pipeline, drawn["fp32"][0][1][0] if drawn else None))
+            return drawn[precision]
+
+        drawn: dict[str, Any] = {}
+        reference = on_cpu("fp32")
+        whole, all_streamed = Residency(), Residency(streamed=(2, 5))
+        ways: list[tuple[str, str, Residency, bool, bool]] = [
+            ("bf16", "whole", whole, True, False),
+            ("bf16", "whole", whole, False, False),
+            ("bf16", "whole", Residency(frozenset({"text_encoder", "transformer"})), True, False),
+            ("bf16", "blocks", Residency(streamed=(1, 3)), True, False),
+            ("bf16", "blocks", all_streamed, True, True),
+            ("fp8", "whole", whole, True, False),
+            ("fp8", "blocks", Residency(streamed=(1, 3)), True, True),
+            ("fp8-attention", "whole", whole, True, False),
+        ]
+        for precision, plans, residency, graphs, compiled in ways:
+            load = self._loader(compiled)
+            bundle = self._bundle("tiny", self.target, precision, plans=plans)
+            runtime = GpuRuntime(bundle, self.device, residency=residency, graphs=graphs, load_plan=load)
+            started = time.perf_counter()
+            found = likeness(runtime, reference)
+            took = time.perf_counter() - started
+            runtime.close()
+            row = {"precision": precision, "plans": plans, "swapped": sorted(residency.swapped),
+                   "streamed": residency.streamed, "graphs": graphs, "compiled": compiled, "seconds": took}  # fmt: skip
+            row["from_cpu_fp32"] = asdict(found)
+            if precision != "bf16":
+                row["cpu_same_precision_from_cpu_fp32"] = asdict(compare(on_cpu(precision), reference))
+            row["bytes_left_on_device"] = self.free - self.device.free_bytes()
+            yield row
+
+    def _loops(self, asked: dict[str, Any]) -> Iterator[Any]:
+        from benchmarks.gpu.weights import random_weights
+
+        for words in asked["models"]:
+            model, precision, *more = words.split(":")
+            bundle = self._bundle(model, self.target, precision, plans="blocks", checkpoint="random:0",
+                                  components=("conditioning", "transformer"), max_references=2)  # fmt: skip
+            residency = Residency()
+            spec = bundle.manifest.model.transformer
+            if "streamed" in more:
+                residency = Residency(streamed=(spec.num_double_blocks, spec.num_single_blocks))
+            elif "half" in more:
+                residency = Residency(streamed=(spec.num_double_blocks // 2, spec.num_single_blocks // 2))
+            for compiled, graphs in ((True, True), (False, True), (False, False)):
+                if (not compiled and "eager" not in more) or (more and not graphs):
+                    continue
+                runtime = GpuRuntime(
+                    bundle, self.device, residency=residency, graphs=graphs, load_plan=self._loader(compiled),
+                    weights=partial(random_weights, bundle),
+                )  # fmt: skip
+                try:
+                    for case in asked["sizes"]:
+                        times = measure(runtime, self.device, case, self.target, graphs, self.free)
+                        yield {"model": model, "precision": precision, "streamed": residency.streamed,
+                               "graphs": graphs, "compiled": compiled, **asdict(times),
+                               "fraction_of_floor": times.fraction_of_floor}  # fmt: skip
+                finally:
+                    runtime.close()
+                    del runtime
+
+    def _theirs(self, asked: dict[str, Any]) -> Iterator[Any]:
+        from benchmarks.gpu.theirs import measure as measure_theirs
+        from flux2_trt.models import published_spec
+
+        for model in dict.fromkeys(words.split(":")[0] for words in asked["models"]):
+            for times in measure_theirs(published_spec(model), list(asked["sizes"])):
+                yield {"model": model, "precision": "bf16", **asdict(times)}
+
+    def _loader(self, compiled: bool) -> LoadPlan:
+        return TorchPlans(compiled=compiled)
+
+    def _bundle(self, model: str, target: str, precision: str, **request: Any) -> Bundle:
+        """Built, or one of the store that is named like it."""
+        plans = request.get("plans", "whole")
+        for path in sorted(self.store.glob(f"bundles/{model}-{precision}-{target}-*")):
+            bundle = Bundle.open(path)
+            in_parts = any("." in record.name for record in bundle.manifest.components)
+            if in_parts == (plans == "blocks"):
+                return bundle
+        made = build(BuildRequest(model, target, precision=precision, output=self.store, **request), lambda _: None)
+        return Bundle.open(made.bundle)
+
+
+if __name__ == "__main__":
+    typer.run(main)
