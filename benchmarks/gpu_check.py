@@ -9,6 +9,7 @@ Plans are compiled where TensorRT for this GPU is installed; else their graphs r
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
@@ -16,13 +17,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from benchmarks.gpu.device import TimedDevice
@@ -36,20 +38,19 @@ from flux2_trt.errors import Flux2Error
 from flux2_trt.outputs import write_file
 from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, Residency
 from flux2_trt.runtime.torch_plan import TorchPlans
+from flux2_trt.runtime.weights import Weights
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 SIZES = (Case(1024, 1024), Case(512, 512), Case(1024, 1024, 1), Case(1024, 1024, 2), Case(2048, 2048))
-PARTS = ("rates", "tests", "pictures", "loops", "theirs")
-CARD_BYTES = 24 * 10**9
-"""Of the smaller card that streaming is measured for: what does not fit it, streams."""
+PARTS = ("rates", "uploads", "loops", "theirs", "pictures", "tests")
 
 
 def main(
     parts: Annotated[str, typer.Option(help=f"Of {','.join(PARTS)}.")] = ",".join(PARTS),
-    models: Annotated[str, typer.Option(help="MODEL:PRECISION[:streamed], with commas between them.")] = (
-        "klein-4b:fp8,klein-4b:bf16,dev:fp8,dev:fp8:streamed,dev:bf16"
-    ),
+    models: Annotated[
+        str, typer.Option(help="MODEL:PRECISION[:half|:streamed][:eager][:CASES], with commas between them.")
+    ] = ("dev:fp8,dev:fp8:half:1,dev:fp8:streamed:1,klein-4b:bf16:eager:1,klein-4b:fp8,dev:bf16:1"),
     sizes: Annotated[int, typer.Option(help="How many of the sizes.")] = len(SIZES),
     seconds: Annotated[float, typer.Option(help="No part begins after so many seconds.")] = 540.0,
     store: Annotated[Path | None, typer.Option(help="Bundles from here, and to here.")] = None,
@@ -86,10 +87,11 @@ class Check:
         }
 
     def part(self, name: str, asked: dict[str, Any]) -> None:
-        rows: Iterator[Any] = getattr(self, f"_{name}")(asked)
+        rows: Generator[Any] = getattr(self, f"_{name}")(asked)
         while True:
             if time.monotonic() > self.deadline:
-                self._leave_out(f"{name}: no time was left")
+                rows.close()
+                self._leave_out(f"{name}: no time was left for more")
                 return
             try:
                 row = next(rows)
@@ -115,6 +117,23 @@ class Check:
         from benchmarks.gpu.rates import rates
 
         yield rates()
+
+    def _uploads(self, asked: dict[str, Any]) -> Iterator[Any]:
+        from benchmarks.gpu.weights import random_weights
+
+        model, precision, *_ = asked["models"][0].split(":")
+        bundle = self._synthetic(model, precision)
+        source = random_weights(bundle, bundle.component("transformer.prologue"))
+        blocks = [name for name in source.sizes if name.startswith("double_blocks.")]
+        weights = Weights(self.device, source, blocks)
+        for _ in range(2):  # the first makes the numbers up
+            begun = time.perf_counter()
+            weights.acquire()
+            seconds = time.perf_counter() - begun
+            weights.release()
+            weights.unload()
+        size = sum(source.sizes[name] for name in blocks)
+        yield {"model": model, "precision": precision, "bytes": size, "gb_per_s": size / seconds / 1e9}
 
     def _tests(self, _: dict[str, Any]) -> Iterator[Any]:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
@@ -161,45 +180,55 @@ class Check:
             yield row
 
     def _loops(self, asked: dict[str, Any]) -> Iterator[Any]:
+        for words in asked["models"]:
+            try:
+                yield from self._loops_of(words, asked["sizes"])
+            except (Flux2Error, RuntimeError) as error:
+                self._leave_out(f"loops of {words}: {error}")
+
+    def _loops_of(self, words: str, cases: Sequence[Case]) -> Iterator[Any]:
         from benchmarks.gpu.weights import random_weights
 
-        for words in asked["models"]:
-            model, precision, *more = words.split(":")
-            bundle = self._bundle(model, self.target, precision, plans="blocks", checkpoint="random:0",
-                                  components=("conditioning", "transformer"), max_references=2)  # fmt: skip
-            residency = Residency()
-            spec = bundle.manifest.model.transformer
-            if "streamed" in more:
-                residency = Residency(streamed=(spec.num_double_blocks, spec.num_single_blocks))
-            elif "half" in more:
-                residency = Residency(streamed=(spec.num_double_blocks // 2, spec.num_single_blocks // 2))
-            for compiled, graphs in ((True, True), (False, True), (False, False)):
-                if (not compiled and "eager" not in more) or (more and not graphs):
-                    continue
-                runtime = GpuRuntime(
-                    bundle, self.device, residency=residency, graphs=graphs, load_plan=self._loader(compiled),
-                    weights=partial(random_weights, bundle),
-                )  # fmt: skip
-                try:
-                    for case in asked["sizes"]:
-                        times = measure(runtime, self.device, case, self.target, graphs, self.free)
-                        yield {"model": model, "precision": precision, "streamed": residency.streamed,
-                               "graphs": graphs, "compiled": compiled, **asdict(times),
-                               "fraction_of_floor": times.fraction_of_floor}  # fmt: skip
-                finally:
-                    runtime.close()
-                    del runtime
+        model, precision, *more = words.split(":")
+        bundle = self._synthetic(model, precision)
+        spec, part = bundle.manifest.model.transformer, {"streamed": 1, "half": 2}
+        cases = cases[: next((int(word) for word in more if word.isdecimal()), None)]
+        divisor = next((part[word] for word in more if word in part), 0)
+        blocks = (spec.num_double_blocks, spec.num_single_blocks)
+        streamed = (blocks[0] // divisor, blocks[1] // divisor) if divisor else (0, 0)
+        ways = ((True, True), (False, True), (False, False)) if "eager" in more else ((True, True),)
+        for compiled, graphs in ways:
+            runtime = GpuRuntime(
+                bundle, self.device, residency=Residency(streamed=streamed), graphs=graphs,
+                load_plan=self._loader(compiled), weights=partial(random_weights, bundle),
+            )  # fmt: skip
+            try:
+                for case in cases:
+                    times = measure(runtime, self.device, case, self.target, graphs, self.free)
+                    yield {"model": model, "precision": precision, "streamed": streamed, "graphs": graphs,
+                           "compiled": compiled, **asdict(times), "fraction_of_floor": times.fraction_of_floor,
+                           "streamed_bytes": runtime.streamed_bytes}  # fmt: skip
+            finally:
+                runtime.close()
+                del runtime
+                gc.collect()
+                torch.cuda.empty_cache()
 
     def _theirs(self, asked: dict[str, Any]) -> Iterator[Any]:
         from benchmarks.gpu.theirs import measure as measure_theirs
         from flux2_trt.models import published_spec
 
         for model in dict.fromkeys(words.split(":")[0] for words in asked["models"]):
-            for times in measure_theirs(published_spec(model), list(asked["sizes"])):
+            for times in measure_theirs(published_spec(model), list(asked["sizes"][:3])):
                 yield {"model": model, "precision": "bf16", **asdict(times)}
 
     def _loader(self, compiled: bool) -> LoadPlan:
         return TorchPlans(compiled=compiled)
+
+    def _synthetic(self, model: str, precision: str) -> Bundle:
+        parts = ("conditioning", "transformer")
+        request = {"plans": "blocks", "checkpoint": "random:0", "components": parts, "max_references": 2}
+        return self._bundle(model, self.target, precision, **request)
 
     def _bundle(self, model: str, target: str, precision: str, **request: Any) -> Bundle:
         """Built, or one of the store that is named like it."""

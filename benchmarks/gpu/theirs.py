@@ -16,6 +16,8 @@ from flux2_trt.latents import position_ids
 from flux2_trt.spec import ModelSpec
 
 WARM, TIMED = 3, 5
+WAYS = ("eager", "compiled", "compiled-cudnn")
+"""As it comes; its repeated blocks compiled for each size; the same with cuDNN's attention."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class StepTimes:
     peak_bytes: int
 
 
-def measure(spec: ModelSpec, cases: list[Case], ways: tuple[str, ...] = ("eager", "compiled")) -> Iterator[StepTimes]:
+def measure(spec: ModelSpec, cases: list[Case], ways: tuple[str, ...] = WAYS) -> Iterator[StepTimes]:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"), torch.no_grad():
@@ -40,9 +42,11 @@ def measure(spec: ModelSpec, cases: list[Case], ways: tuple[str, ...] = ("eager"
     finally:
         torch.set_default_dtype(torch.float32)
     for way in ways:
-        if way == "compiled":
-            model.compile_repeated_blocks(fullgraph=True)
-        for case in cases:
+        if way != "eager":
+            model.set_attention_backend("_native_cudnn" if way == "compiled-cudnn" else "native")
+            torch._dynamo.reset()
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        for case in cases if way != "compiled-cudnn" else cases[:1]:
             yield _measure(spec, model, case, way)
     del model
     gc.collect()

@@ -81,6 +81,11 @@ class StreamedBlocks:
                     host_bytes(Address(base + layout.offsets[name]), size)[:] = source.read(name)
             source.check()
 
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(layout.bytes for layout in self._layouts.values())
+
     def acquire(self) -> None:
         """Slots with the first blocks in them; `release` ends the use of them."""
         if self._users == 0:

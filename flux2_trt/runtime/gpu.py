@@ -88,6 +88,11 @@ class GpuRuntime:
             self._loop = self._made_loop()
         return self._swapping("transformer", self._loop)
 
+    @property
+    def streamed_bytes(self) -> int:
+        """That come from the host in every step, once the loop was made."""
+        return self._streamed.bytes if self._streamed else 0
+
     def close(self) -> None:
         """Frees everything on the device but weights that others use."""
         with ExitStack() as rest:

@@ -6,7 +6,10 @@ after it, or streamed block by block in every step (`flux2_trt.runtime.blocks`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -17,8 +20,10 @@ from flux2_trt.errors import BundleError
 from flux2_trt.runtime.device import Address, Device, Layout, Scope, host_bytes
 from flux2_trt.tensor_file import TensorFile
 
-CHUNK_BYTES = 2**26
-"""Of pinned memory, twice: one fills while the other is copied."""
+CHUNK_BYTES = 2**24
+"""Of pinned memory, twice for each thread: one fills while the other is copied."""
+FILLERS = min(8, os.cpu_count() or 1)
+"""Threads: one alone fills pinned memory more slowly than the bus empties it."""
 
 Bytes = NDArray[np.uint8]
 
@@ -118,18 +123,38 @@ def upload(device: Device, source: WeightSource, layout: Layout, base: Address) 
     """All tensors to `base`, a chunk at a time; returns when they are there."""
     with Scope(device) as scope:
         stream = scope.stream()
-        slots = [(scope.pinned(CHUNK_BYTES), scope.event()) for _ in range(2)]
+        slots = [(scope.pinned(CHUNK_BYTES), scope.event()) for _ in range(2 * FILLERS)]
         scope.callback(device.synchronize, stream)  # before what it reads from is freed
+        threads = scope.enter_context(ThreadPoolExecutor(FILLERS, "upload"))
+        filling: deque[tuple[Future[None], Address, int]] = deque()
+
+        def copy_oldest(used: int) -> None:
+            filled, target, size = filling.popleft()
+            filled.result()
+            pinned, copied = slots[(used - len(filling) - 1) % len(slots)]
+            device.copy(target, pinned, size, stream)
+            device.record(copied, stream)
+
         used = 0
-        for name, size in layout.sizes.items():
-            data = source.read(name)
-            for begin in range(0, size, CHUNK_BYTES):
-                pinned, copied = slots[used % 2]
-                if used >= len(slots):
-                    device.wait_on_host(copied)
-                piece = data[begin : begin + CHUNK_BYTES]
-                host_bytes(pinned, piece.size)[:] = piece
-                device.copy(Address(base + layout.offsets[name] + begin), pinned, piece.size, stream)
-                device.record(copied, stream)
-                used += 1
+        for target, piece in _chunks(source, layout, base):
+            pinned, copied = slots[used % len(slots)]
+            if used >= len(slots):
+                device.wait_on_host(copied)
+            filling.append((threads.submit(_fill, pinned, piece), target, piece.size))
+            used += 1
+            if len(filling) == FILLERS:
+                copy_oldest(used)
+        while filling:
+            copy_oldest(used)
     source.check()
+
+
+def _chunks(source: WeightSource, layout: Layout, base: Address) -> Iterator[tuple[Address, Bytes]]:
+    for name, size in layout.sizes.items():
+        data = source.read(name)
+        for begin in range(0, size, CHUNK_BYTES):
+            yield Address(base + layout.offsets[name] + begin), data[begin : begin + CHUNK_BYTES]
+
+
+def _fill(pinned: Address, piece: Bytes) -> None:
+    host_bytes(pinned, piece.size)[:] = piece

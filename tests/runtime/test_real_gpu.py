@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from flux2_trt.bundle import Bundle
 from flux2_trt.errors import DeviceError, DeviceMemoryError, Interrupted
 from flux2_trt.pipeline import Flux2Pipeline
 from flux2_trt.runtime.cuda import CudaDevice
-from flux2_trt.runtime.device import Scope, host_bytes
+from flux2_trt.runtime.device import Address, Scope, host_bytes
 from flux2_trt.runtime.gpu import GpuRuntime, Residency
 from flux2_trt.runtime.torch_plan import TorchPlans
 from flux2_trt.runtime.weights import WeightStore
@@ -30,9 +31,35 @@ FP32 = 2e-4  # sums in other orders, through all steps
 SIZE = 2**24
 
 
+class CountingDevice(CudaDevice):
+    """Knows what of its memory was not freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: set[int] = set()
+
+    def allocate(self, size: int) -> Address:
+        address = super().allocate(size)
+        self.live.add(address)
+        return address
+
+    def free(self, address: Address) -> None:
+        super().free(address)
+        self.live.remove(address)
+
+    def allocate_pinned(self, size: int) -> Address:
+        address = super().allocate_pinned(size)
+        self.live.add(address)
+        return address
+
+    def free_pinned(self, address: Address) -> None:
+        super().free_pinned(address)
+        self.live.remove(address)
+
+
 @pytest.fixture(scope="module")
-def device() -> CudaDevice:
-    return CudaDevice()
+def device() -> CountingDevice:
+    return CountingDevice()
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +141,9 @@ def test_a_fork_is_told_that_it_cannot_use_the_gpu(device: CudaDevice) -> None:
     ],
 )
 def test_pictures_are_those_of_the_cpu(
-    built: dict[str, Bundle], device: CudaDevice, plans: str, residency: Residency, graphs: bool, compiled: bool
+    built: dict[str, Bundle], device: CountingDevice, plans: str, residency: Residency, graphs: bool, compiled: bool
 ) -> None:
-    free = device.free_bytes()
+    before = torch.cuda.memory_allocated()
     ours = pipeline_on(device, built[plans], compiled, residency=residency, graphs=graphs)
     theirs = Flux2Pipeline(built["cpu"])
     drawn = theirs(PROMPT, seed=3).images[0]
@@ -133,8 +160,10 @@ def test_pictures_are_those_of_the_cpu(
     for one, other in zip(pictures, theirs(calls[2]["prompt"], seed=5, num_images_per_prompt=2).images, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
     ours.close()
-    torch.cuda.empty_cache()
-    assert free - device.free_bytes() < 2**26  # torch's own, at most
+    del ours
+    gc.collect()
+    assert device.live == set()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_a_loop_that_is_stopped_leaves_the_next_picture_whole(built: dict[str, Bundle], device: CudaDevice) -> None:
