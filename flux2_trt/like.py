@@ -14,7 +14,7 @@ from flux2_trt.errors import UsageError
 from flux2_trt.lora.request import LoraRequest
 from flux2_trt.options import RunOptions, options_from_texts
 from flux2_trt.provenance import Parameters, Reference
-from flux2_trt.runtime.engine import RUNNABLE_TARGET
+from flux2_trt.runtime.choice import runnable_targets
 from flux2_trt.store import Store
 
 
@@ -35,8 +35,9 @@ def made_again(made: Parameters, options: RunOptions) -> RunOptions:
             options = replace(options, prompt_embeds=_embeds_of(made.prompt_embeds, folders))
     found = options_like(made, options)
     if options.model is None and options.bundle is None and not options.lora:
+        targets = runnable_targets()
         for bundle in Store().list():
-            if bundle.ok and bundle.key == made.model_key and bundle.target == RUNNABLE_TARGET:
+            if bundle.ok and bundle.key == made.model_key and bundle.target in targets:
                 return replace(found, model=None, bundle=bundle.path)
     if made.loras and not options.lora and options.bundle is None and options.model in (None, made.model):
         files = [_find(lora.name, lora.sha256, folders, "LoRA", "all LoRAs with --lora") for lora in made.loras]

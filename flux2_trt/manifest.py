@@ -217,11 +217,11 @@ class Manifest:
 
     @property
     def makes_pictures(self) -> bool:
-        """All components are there and the weights are no made-up ones: fit to be chosen without being named."""
+        """All components are there and the weights are no made-up ones: once compiled, fit to be chosen unnamed."""
         built = {component.name for component in self.components}
         if built >= PART_NAMES:
             built.add("transformer")
-        return self.is_compiled and built.issuperset(self.model.components) and SYNTHETIC not in self.source
+        return built.issuperset(self.model.components) and SYNTHETIC not in self.source
 
     @property
     def total_bytes(self) -> int:

@@ -22,8 +22,9 @@ from flux2_trt.errors import BundleError, Interrupted, UsageError
 from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
 from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
 from flux2_trt.noise import noise_batch, picture_seeds
+from flux2_trt.runtime.choice import find_runnable
 from flux2_trt.runtime.denoiser import Trajectory
-from flux2_trt.runtime.engine import BACKENDS, PLANS, RUNNABLE_TARGET, Backend, Engine, Runtime
+from flux2_trt.runtime.engine import BACKENDS, CPU, PLANS, Backend, Engine, Runtime
 from flux2_trt.runtime.host import HostRuntime
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
@@ -127,8 +128,9 @@ class _Decoding:
 class Flux2Pipeline:
     """A bundle, ready to make pictures. Engines load when they are first needed and stay.
 
-    `backend`: "plans" runs what was compiled; "torch" and "torch-compile" run the modules that it was compiled from,
-    with the same weights, on a CUDA device where there is one: to compare with.
+    `backend`: "plans" runs what was compiled. "torch" and "torch-compile" run the graphs of a bundle that is prepared
+    for this machine's GPU, in the same loop with the same memory; of any other bundle in fp32 or bf16 the modules that
+    it was compiled from, with the same weights, to compare with.
 
     `content_checks` look at prompts, references and pictures (`flux2_trt.safety`); there are none unless they are set.
     """
@@ -151,11 +153,12 @@ class Flux2Pipeline:
 
     @staticmethod
     def from_pretrained(name: str, backend: Backend = PLANS) -> Flux2Pipeline:
-        """The newest bundle of that model in the store; partial bundles and synthetic weights are passed over.
+        """The newest bundle of that model in the store, for a GPU of this machine before one for the CPU.
 
-        Raises BundleError with the build command where there is none.
+        Partial bundles and synthetic weights are passed over. Raises BundleError with the build command where there is
+        none.
         """
-        return Flux2Pipeline.from_bundle(Store().find(name, RUNNABLE_TARGET, makes_pictures=True), backend)
+        return Flux2Pipeline.from_bundle(find_runnable(Store(), name, backend), backend)
 
     def interrupt(self) -> None:
         """Stop the running call between two steps; it raises Interrupted."""
@@ -281,16 +284,17 @@ class Flux2Pipeline:
             runtime.close()
 
     def _made_runtime(self) -> Runtime:
-        if self.backend != PLANS or self.bundle.manifest.target == RUNNABLE_TARGET:
+        manifest = self.bundle.manifest
+        if manifest.target == CPU or (self.backend != PLANS and (manifest.is_compiled or not torch_uses_a_gpu())):
             return HostRuntime(self.bundle, self.backend)
-        if not self.bundle.manifest.is_compiled:
+        if self.backend == PLANS and not manifest.is_compiled:
             raise BundleError(
-                f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target "
-                f"{self.bundle.manifest.target}: flux2-trt build {shlex.quote(str(self.bundle.path))}"
+                f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target {manifest.target}: "
+                f"flux2-trt build {shlex.quote(str(self.bundle.path))}, or run its graphs by torch: --backend torch"
             )
         from flux2_trt.runtime.placement import runtime_on_this_machine
 
-        return runtime_on_this_machine(self.bundle)
+        return runtime_on_this_machine(self.bundle, self.backend)
 
     def _tokens(self, side: int) -> int:
         return side // self.spec.autoencoder.pixels_per_token
@@ -483,6 +487,15 @@ class Flux2Pipeline:
         """[1, C, h, w] to uint8 [1, H, W, 3]."""
         channels_last = np.ascontiguousarray(latents.transpose(0, 2, 3, 1))
         return self.engine("vae_decoder").run({"latents": channels_last})["image"]
+
+
+def torch_uses_a_gpu() -> bool:
+    """False also where there is no torch."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
 
 
 def _guidance_mix(batch: int, guidance: float) -> Floats:

@@ -165,7 +165,8 @@ class Runner:
         """The bundle and the model in it; no bundle where tiny has yet to be built."""
         from flux2_trt.bundle import read_manifest
         from flux2_trt.models import FAMILY, published_spec
-        from flux2_trt.runtime.engine import RUNNABLE_TARGET
+        from flux2_trt.runtime.choice import find_runnable
+        from flux2_trt.runtime.engine import CPU
         from flux2_trt.store import Store
 
         if options.bundle is not None:
@@ -174,9 +175,9 @@ class Runner:
             return options.bundle, read_manifest(options.bundle).model
         model, store = options.model or DEFAULT_MODEL, Store()
         try:
-            folder = store.find(model, RUNNABLE_TARGET, makes_pictures=True)
+            folder = find_runnable(store, model, options.backend)
         except BundleError:
-            built = {bundle.model for bundle in store.list() if bundle.target == RUNNABLE_TARGET}
+            built = {bundle.model for bundle in store.list() if bundle.target == CPU}
             if model in built:
                 raise
             if model == TINY:

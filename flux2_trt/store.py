@@ -126,9 +126,17 @@ class Store:
         return bundle
 
     def find(
-        self, model: str, target: str | None = None, recipe: str | None = None, *, makes_pictures: bool = False
+        self,
+        model: str,
+        target: str | None = None,
+        recipe: str | None = None,
+        *,
+        makes_pictures: bool = False,
+        compiled: bool = True,
     ) -> Path:
-        """The newest sound bundle of a model without LoRAs, on demand only one that `makes_pictures`.
+        """The newest sound bundle of a model without LoRAs.
+
+        `makes_pictures`: only a whole one with weights of its own; `compiled`: and with plans, not graphs.
 
         Raises BundleError with the build command where there is none.
         """
@@ -142,7 +150,8 @@ class Store:
         ]
         for bundle in fitting:
             if bundle.ok:
-                if makes_pictures and not read_manifest(bundle.path).makes_pictures:
+                manifest = read_manifest(bundle.path)
+                if makes_pictures and not (manifest.makes_pictures and (manifest.is_compiled or not compiled)):
                     continue
                 return bundle.path
             _log.warning("passing over a damaged bundle: %s", bundle.problem)

@@ -12,8 +12,8 @@ from flux2_trt.spec import Component
 if TYPE_CHECKING:
     from flux2_trt.runtime.denoiser import Denoiser
 
-RUNNABLE_TARGET = "cpu"
-"""The target whose plans this version has an engine for."""
+CPU = "cpu"
+"""The target of plans that ONNX Runtime runs; all others are for GPUs."""
 
 Backend = Literal["plans", "torch", "torch-compile"]
 """What runs a bundle: its plans, or the modules that they are traced from, by torch, eager or compiled."""

@@ -9,17 +9,25 @@ from flux2_trt.bundle import Bundle
 from flux2_trt.errors import DeviceError, DeviceMemoryError
 from flux2_trt.runtime.cuda import CudaDevice
 from flux2_trt.runtime.device import Device
-from flux2_trt.runtime.gpu import GpuRuntime, Residency
+from flux2_trt.runtime.engine import PLANS, Backend
+from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, Residency
 
 
-def runtime_on_this_machine(bundle: Bundle, open_device: Callable[[int], Device] = CudaDevice) -> GpuRuntime:
+def runtime_on_this_machine(
+    bundle: Bundle, backend: Backend = PLANS, open_device: Callable[[int], Device] = CudaDevice
+) -> GpuRuntime:
     """On the first GPU that the bundle's plans are for, with its memory divided as `flux2-trt plan` says.
 
     Raises DeviceError where there is none, DeviceMemoryError where the model does not fit the memory that is free.
     """
-    device = _device_of(bundle, open_device)
+    device, index = _device_of(bundle, open_device)
     residency, overlaps = residency_on(bundle, device.free_bytes())
-    return GpuRuntime(bundle, device, residency=residency, overlaps=overlaps)
+    load_plan: LoadPlan | None = None
+    if backend != PLANS:
+        from flux2_trt.runtime.torch_plan import TorchPlans
+
+        load_plan = TorchPlans(index, compiled=backend == "torch-compile")
+    return GpuRuntime(bundle, device, residency=residency, overlaps=overlaps, load_plan=load_plan)
 
 
 def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:
@@ -43,7 +51,7 @@ def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:
     )
 
 
-def _device_of(bundle: Bundle, open_device: Callable[[int], Device]) -> Device:
+def _device_of(bundle: Bundle, open_device: Callable[[int], Device]) -> tuple[Device, int]:
     from engines.targets import TARGETS
 
     target = TARGETS[bundle.manifest.target]
@@ -59,7 +67,7 @@ def _device_of(bundle: Bundle, open_device: Callable[[int], Device]) -> Device:
                 raise
             break
         if device.compute_capability == target.compute_capability:
-            return device
+            return device, index
         others.append(f"{device.name} ({device.compute_capability})")
         index += 1
     raise DeviceError(

@@ -35,7 +35,7 @@ def machine(*devices: StandIn) -> Callable[[int], Any]:
 def test_the_first_gpu_of_the_targets_capability_is_taken(for_4090: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     place_at_will(monkeypatch, for_4090)
     old, fitting = StandIn(compute_capability="8.6"), StandIn(compute_capability="8.9")
-    runtime = runtime_on_this_machine(for_4090, machine(old, fitting))
+    runtime = runtime_on_this_machine(for_4090, open_device=machine(old, fitting))
     assert runtime.device is fitting
     runtime.close()
     assert old.live == fitting.live == {}
@@ -43,9 +43,9 @@ def test_the_first_gpu_of_the_targets_capability_is_taken(for_4090: Bundle, monk
 
 def test_the_wrong_gpu_and_none_are_named(for_4090: Bundle) -> None:
     with pytest.raises(DeviceError, match=r"is for rtx4090, of compute capability 8\.9; here is a stand-in \(9\.0\)"):
-        runtime_on_this_machine(for_4090, machine(StandIn(compute_capability="9.0")))
+        runtime_on_this_machine(for_4090, open_device=machine(StandIn(compute_capability="9.0")))
     with pytest.raises(DeviceError, match="there is no GPU 0"):
-        runtime_on_this_machine(for_4090, machine())
+        runtime_on_this_machine(for_4090, open_device=machine())
 
 
 def test_too_little_memory_is_said_before_any_is_taken(for_4090: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_too_little_memory_is_said_before_any_is_taken(for_4090: Bundle, monkeyp
     assert residency_on(for_4090, needed)
     device = StandIn(memory=needed - 1)
     with pytest.raises(DeviceMemoryError, match="needs at least"):
-        runtime_on_this_machine(for_4090, machine(device))
+        runtime_on_this_machine(for_4090, open_device=machine(device))
     assert "allocate" not in device.trace and device.live == {}
 
 
