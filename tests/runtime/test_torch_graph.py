@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers_models import relative_error, traced_once
+from diffusers_models import traced_once
 from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
@@ -69,7 +69,9 @@ def test_every_graph_computes_what_onnx_runtime_does(bundle: Bundle) -> None:
         module = torch_module(graph.model, shapes)
         ours = module(*inputs)
         for one, other in zip(ours, theirs, strict=True):
-            assert relative_error(one.float().numpy(), other.astype(np.float32)) < BOUNDS[bundle.manifest.recipe]
+            found, expected = one.float().numpy(), other.astype(np.float32)  # pixels may round to the next number
+            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            assert error < BOUNDS[bundle.manifest.recipe]
         outputs = [torch.empty(meta.shape, dtype=meta.dtype) for meta in module.meta["outputs"]]
         assert writing(torch_module(graph.model, shapes))(*inputs, *outputs) == ()
         for one, other in zip(ours, outputs, strict=True):
