@@ -4,12 +4,14 @@ Runs the tests that need one, draws `tiny`'s pictures on it beside the CPU's, an
 sizes with random weights, beside diffusers on the same GPU. What the machine cannot do is left out, and said. Writes
 `results/GPU-DATE.json` after every part, so that nothing is lost.
 
-Plans are compiled where TensorRT for this GPU is installed; else their graphs run by torch, as `--backend torch` does.
+Plans are compiled where the compiler for this GPU is installed; else their graphs run by torch, as `--backend torch`
+does.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import re
 import subprocess
@@ -32,7 +34,7 @@ from benchmarks.gpu.loops import Case, measure
 from benchmarks.harness.identity import identity
 from benchmarks.harness.monitor import Monitor
 from engines.build import BuildRequest, build
-from engines.targets import TARGETS
+from engines.targets import TARGETS, Target
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import Flux2Error
 from flux2_trt.outputs import write_file
@@ -70,6 +72,7 @@ class Check:
         self.target = next(
             (t.name for t in TARGETS.values() if t.compute_capability and t.device([self.device])), "h100"
         )
+        self.compiler = _compiler_of(TARGETS[self.target])
         name = re.sub(r"[^a-z0-9]+", "-", self.device.name.lower()).strip("-")
         self.path = output or RESULTS / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
         self.free = self.device.free_bytes()
@@ -83,6 +86,7 @@ class Check:
                 "free_bytes": self.free,
             },
             "target": self.target,
+            "plans_by": self.compiler or "torch",
             "left_out": [],
         }
 
@@ -165,7 +169,7 @@ class Check:
         ]
         for precision, plans, residency, graphs, compiled in ways:
             load = self._loader(compiled)
-            bundle = self._bundle("tiny", self.target, precision, plans=plans)
+            bundle = self._bundle("tiny", self.target, precision, plans=plans, prepare=not self.compiler)
             runtime = GpuRuntime(bundle, self.device, residency=residency, graphs=graphs, load_plan=load)
             started = time.perf_counter()
             found = likeness(runtime, reference)
@@ -190,17 +194,21 @@ class Check:
         from benchmarks.gpu.weights import random_weights
 
         model, precision, *more = words.split(":")
-        bundle = self._synthetic(model, precision)
+        bundle = prepared = self._synthetic(model, precision)
+        if self.compiler:
+            bundle = Bundle.open(build(BuildRequest(str(prepared.path), output=self.store), lambda _: None).bundle)
         spec, part = bundle.manifest.model.transformer, {"streamed": 1, "half": 2}
         cases = cases[: next((int(word) for word in more if word.isdecimal()), None)]
         divisor = next((part[word] for word in more if word in part), 0)
         blocks = (spec.num_double_blocks, spec.num_single_blocks)
         streamed = (blocks[0] // divisor, blocks[1] // divisor) if divisor else (0, 0)
-        ways = ((True, True), (False, True), (False, False)) if "eager" in more else ((True, True),)
+        ways = [(True, True), (False, True), (False, False)] if "eager" in more else [(True, True)]
+        if self.compiler:
+            ways = [way for way in ways if way != (False, True)]
         for compiled, graphs in ways:
             runtime = GpuRuntime(
                 bundle, self.device, residency=Residency(streamed=streamed), graphs=graphs,
-                load_plan=self._loader(compiled), weights=partial(random_weights, bundle),
+                load_plan=self._loader(compiled), weights=partial(random_weights, prepared),
             )  # fmt: skip
             try:
                 for case in cases:
@@ -222,24 +230,34 @@ class Check:
             for times in measure_theirs(published_spec(model), list(asked["sizes"][:3])):
                 yield {"model": model, "precision": "bf16", **asdict(times)}
 
-    def _loader(self, compiled: bool) -> LoadPlan:
-        return TorchPlans(compiled=compiled)
+    def _loader(self, compiled: bool) -> LoadPlan | None:
+        """None is the compiler's own."""
+        return None if self.compiler else TorchPlans(compiled=compiled)
 
     def _synthetic(self, model: str, precision: str) -> Bundle:
         parts = ("conditioning", "transformer")
         request = {"plans": "blocks", "checkpoint": "random:0", "components": parts, "max_references": 2}
-        return self._bundle(model, self.target, precision, **request)
+        return self._bundle(model, self.target, precision, prepare=True, **request)
 
     def _bundle(self, model: str, target: str, precision: str, **request: Any) -> Bundle:
         """Built, or one of the store that is named like it."""
-        plans = request.get("plans", "whole")
+        plans, compiled = request.get("plans", "whole"), not request.get("prepare")
         for path in sorted(self.store.glob(f"bundles/{model}-{precision}-{target}-*")):
             bundle = Bundle.open(path)
             in_parts = any("." in record.name for record in bundle.manifest.components)
-            if in_parts == (plans == "blocks"):
+            if in_parts == (plans == "blocks") and bundle.manifest.is_compiled == compiled:
                 return bundle
         made = build(BuildRequest(model, target, precision=precision, output=self.store, **request), lambda _: None)
         return Bundle.open(made.bundle)
+
+
+def _compiler_of(target: Target) -> str | None:
+    """None where it cannot be loaded here."""
+    try:
+        importlib.import_module(target.compiler)
+    except (ImportError, OSError):
+        return None
+    return target.compiler
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +43,8 @@ class BuildRequest:
 
     `weights`: how the plan gets them ("external": as constants in a file beside it; "bound": as inputs; "embedded": as
     constants in it); `sizes`, `max_batch`, `max_references`: see `engines.shapes.ShapeRequest`; `plans`: see
-    `engines.targets.PlanLayout`; `loras`: added to the transformer's weights; `output`: another store than the user's.
+    `engines.targets.PlanLayout`; `prepare`: stop at graphs and weights; `loras`: added to the transformer's weights;
+    `output`: another store than the user's.
     """
 
     model: str
@@ -56,6 +58,7 @@ class BuildRequest:
     max_batch: int = 1
     max_references: int = 1
     plans: str = "whole"
+    prepare: bool = False
     loras: tuple[LoraRequest, ...] = ()
     output: Path | None = None
 
@@ -105,8 +108,9 @@ def build(
 ) -> BuildReport:
     """Trace, fill and compile every component that was asked for, and publish the bundle.
 
-    Where plans have to be compiled on a device that is not here, graphs and weights are published as a prepared bundle,
-    and `BuildReport.left` says what is left; a request whose model is the folder of a prepared bundle does that.
+    On request, or where plans have to be compiled on a device that is not here, graphs and weights are published as a
+    prepared bundle, and `BuildReport.left` says what is left; a request whose model is the folder of a prepared bundle
+    does that.
 
     `on_progress` is told in words what is done, `on_phase` how far the compiler is, which it can stop.
     A bundle made from the same code, packages, weights and request is found and not made again. Raises UsageError
@@ -121,7 +125,9 @@ def build(
     else:
         bundle, reused = _made(request, store, seconds, on_progress, on_phase)
     left = None
-    if not bundle.manifest.is_compiled:
+    if request.prepare:
+        left = f"graphs and weights are done; the plans: flux2-trt build {shlex.quote(str(bundle.path))}"
+    elif not bundle.manifest.is_compiled:
         target, recipe = resolve_target(bundle.manifest.target), RECIPES[bundle.manifest.recipe]
         compiler = Compiler(target, recipe, store.root / TIMING, on_progress, on_phase)
         try:
@@ -142,6 +148,8 @@ def _made(
 ) -> tuple[Bundle, bool]:
     """The bundle of a request, and whether it was there; a prepared one where the target has to be at hand."""
     target = resolve_target(request.target)
+    if request.prepare and not target.compute_capability:
+        raise UsageError(f"there is nothing to prepare for {target.name}, whose plans are graphs; leave --prepare out")
     precision = resolve_precision(target, request.precision)
     shapes = ShapeRequest(request.sizes, request.max_batch, request.max_references)
     source = with_loras(resolve_source(request.model, request.checkpoint), request.loras)
@@ -158,7 +166,7 @@ def _made(
             {
                 "export": _code_digest(),
                 "packages": {name: version(name) for name in PACKAGES},
-                "compiler": None if target.needs_device else compiler_version(target),
+                "compiler": None if target.needs_device or request.prepare else compiler_version(target),
                 "opset": OPSET,
                 "model": source.spec.to_dict(),
                 "weights": identity,
@@ -171,7 +179,8 @@ def _made(
 
     identity = source.identity()
     key = key_of(identity, scales)
-    job = Job(source, components, target, recipe, placement, layout, shapes, scales)
+    prepares = request.prepare or target.needs_device
+    job = Job(source, components, target, recipe, placement, layout, shapes, scales, prepares)
     with store.publish(key, model=source.spec, recipe=precision, target=target.name, on_wait=on_progress) as draft:
         reused = draft.done
         if draft.resumed:

@@ -39,7 +39,7 @@ from flux2_trt.spec import TRANSFORMER_PARTS, Component
 
 @dataclass(frozen=True)
 class Job:
-    """A request with everything resolved."""
+    """A request with everything resolved. `prepares`: graphs stay graphs, to be compiled later."""
 
     source: ModelSource
     components: tuple[Component, ...]
@@ -49,6 +49,7 @@ class Job:
     layout: PlanLayout
     shapes: ShapeRequest
     scales: Scales
+    prepares: bool
 
     @property
     def writes_weights(self) -> bool:
@@ -155,7 +156,7 @@ class Compiler:
 def make(
     draft: Draft, job: Job, compiler: Compiler, seconds: dict[str, float], base: Bundle | None = None
 ) -> list[ComponentRecord]:
-    """Trace, fill and compile every component into `draft`; what has to be compiled on the device stays a graph.
+    """Trace, fill and compile every component into `draft`.
 
     `seconds` gets how long each plan took; the first of a component has its graph and weights in it. `base`: the bundle
     of the same job without LoRAs, whose files are taken over where they are the same.
@@ -182,12 +183,12 @@ def make(
             compiler.on_progress(f"writing the weights of {component}")
             path = draft.weights_path(component)
             write_weights(whole, opened[FAMILY_OF[component]], path, job.scales, draft.journal_path(component))
-            if job.placement != "embedded" or job.target.needs_device:
+            if job.placement != "embedded" or job.prepares:
                 weights = draft.record(path)
         ranges = profiles(component, job.source.spec, job.shapes) if job.target.compute_capability else ()
         for name, graph in plans.items():
             piece = Piece(name, graph, ranges, job.placement, weights)
-            records.append(_keep(draft, piece) if job.target.needs_device else compiler.compile(draft, piece))
+            records.append(_keep(draft, piece) if job.prepares else compiler.compile(draft, piece))
             seconds[name] = round(time.monotonic() - started, 2)
             started = time.monotonic()
     return records

@@ -1,4 +1,4 @@
-"""Prepared bundles: graphs and weights that wait for the device on which their plans have to be compiled.
+"""Prepared bundles: graphs and weights that wait for a compiler, and most for the device that it compiles on.
 
 A prepared bundle is published like any other, with graphs where plans will be. The folder may be copied; where the
 device is, `flux2-trt build FOLDER` compiles it into a bundle of its own that shares the weight files.
@@ -30,14 +30,15 @@ def compile_prepared(
 ) -> tuple[Bundle, bool]:
     """The bundle with the plans of a prepared one, and whether it was there; `seconds` gets how long each plan took.
 
-    Its key has the compiler's version and the device, whose kernels were timed. With LoRAs, plans that take weights as
+    Its key has the compiler's version and the device, if its kernels are timed. With LoRAs, plans that take weights as
     inputs are those of the bundle without, if that was compiled here. Raises DeviceMissing where this machine
     lacks one of them.
     """
     manifest, device = prepared.manifest, _device(prepared, compiler.target)
 
     def key_of(prepared_key: str) -> str:
-        return content_key({"prepared": prepared_key, "compiler": compiler.version, "device": device.name})
+        name = device.name if device else None
+        return content_key({"prepared": prepared_key, "compiler": compiler.version, "device": name})
 
     key = key_of(manifest.key)
     with store.publish(
@@ -66,17 +67,18 @@ def compile_prepared(
     return draft.bundle, reused
 
 
-def _device(prepared: Bundle, target: Target) -> Device:
-    gpus, source = find_gpus()
+def _device(prepared: Bundle, target: Target) -> Device | None:
+    """None where the compiler needs none. Raises DeviceMissing where this machine lacks it, or the compiler."""
+    gpus, source = find_gpus() if target.needs_device else ((), "")
     device, lacks = target.device(gpus), []
-    if device is None:
+    if device is None and target.needs_device:
         there = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus) or source
         lacks.append(f"a GPU of target {target.name} (compute capability {target.compute_capability}; here: {there})")
     try:
         load_compiler(target.compiler)
     except Flux2Error as error:
         lacks.append(str(error))
-    if device is None or lacks:
+    if lacks:
         raise DeviceMissing(
             f"graphs and weights are done; what is left is compiling {len(prepared.manifest.components)} plans, which "
             f"needs {'; and '.join(lacks)}. There: flux2-trt build {shlex.quote(str(prepared.path))}"

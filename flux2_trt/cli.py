@@ -143,6 +143,7 @@ def build(
     checkpoint: Annotated[str | None, typer.Option(help="Weights from here; random:SEED makes some up.")] = None,
     weights: Annotated[str | None, typer.Option(help="bound or embedded: beside the plan, or in it.")] = None,
     plans: Annotated[str, typer.Option(help="whole, or blocks: plans for a device that streams weights.")] = "whole",
+    prepare: Annotated[bool, typer.Option("--prepare", help="Stop at graphs and weights; compile later.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="Ranges of activations, for FP8 and NVFP4.")] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="LoRA to fold in, FILE or FILE:STRENGTH; several add up.", metavar="LORA")
@@ -172,6 +173,7 @@ def build(
         checkpoint=checkpoint,
         weights=weights,
         plans=plans,
+        prepare=prepare,
         calibration=calibration,
         loras=tuple(map(LoraRequest.parse, lora or ())),
         sizes=_split(sizes),

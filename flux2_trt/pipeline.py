@@ -68,7 +68,7 @@ class _Picture:
 
     embeds: Floats
     references: tuple[Floats, ...]
-    noise: Floats
+    noise: Callable[[], Floats]
 
 
 @dataclass
@@ -98,6 +98,20 @@ class _StepLatents(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return 1
+
+
+class _Noise:
+    """Noise [C, h, w] of each picture, drawn by a thread while the device is busy with other things."""
+
+    def __init__(self, draw: Callable[[int], Floats], count: int) -> None:
+        self._executor = ThreadPoolExecutor(1, "noise")
+        self.drawn = [self._executor.submit(draw, index).result for index in range(count)]
+
+    def __enter__(self) -> _Noise:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=True)
 
 
 class _Decoding:
@@ -216,39 +230,38 @@ class Flux2Pipeline:
             width, height = self._size(width, height, references, latents)
             levels = schedule_sigmas(steps, self._tokens(width) * self._tokens(height), sigmas)
 
-            # 3. Noise
+            # 3. Noise, drawn by a thread
             total = count * num_images_per_prompt
             base_seed = secrets.randbits(32) if seed is None else seed
             seeds = picture_seeds(base_seed, total)
-            noise = self._noise(seeds, width, height, latents)
+            with self._noise(seeds, width, height, latents) as noise:
+                # 4. Encode
+                with clock.stage("text_encoder"):
+                    unconditional = self._unconditional(negative_prompt_embeds) if self._uses_cfg(guidance) else None
+                    if prompts is None:
+                        embeds, truncated = np.asarray(prompt_embeds, dtype=np.float32), (False,) * count
+                    else:
+                        embeds, truncated = self.encode_prompt(prompts)
+                    if unconditional is not None and embeds.shape[1] != len(unconditional):
+                        raise UsageError(
+                            f"prompt_embeds have {embeds.shape[1]} tokens; with classifier-free guidance give "
+                            f"{len(unconditional)}, as many as the empty prompt has, or use guidance_scale 1"
+                        )
+                with clock.stage("vae_encoder"):
+                    encoded = self._encode_references(references)
+                pictures = [
+                    _Picture(embeds[i // num_images_per_prompt], encoded[i // num_images_per_prompt], each)
+                    for i, each in enumerate(noise.drawn)
+                ]
 
-            # 4. Encode
-            with clock.stage("text_encoder"):
-                unconditional = self._unconditional(negative_prompt_embeds) if self._uses_cfg(guidance) else None
-                if prompts is None:
-                    embeds, truncated = np.asarray(prompt_embeds, dtype=np.float32), (False,) * count
-                else:
-                    embeds, truncated = self.encode_prompt(prompts)
-                if unconditional is not None and embeds.shape[1] != len(unconditional):
-                    raise UsageError(
-                        f"prompt_embeds have {embeds.shape[1]} tokens; with classifier-free guidance give "
-                        f"{len(unconditional)}, as many as the empty prompt has, or use guidance_scale 1"
-                    )
-            with clock.stage("vae_encoder"):
-                encoded = self._encode_references(references)
-            pictures = [
-                _Picture(embeds[i // num_images_per_prompt], encoded[i // num_images_per_prompt], noise[i])
-                for i in range(total)
-            ]
-
-            # 5. Denoise and decode, one picture at a time: a seed gives the same bits whatever is made beside it
-            with _Decoding(self.runtime.overlaps) as decoding:
-                for picture in pictures:
-                    final = self._denoise(picture, unconditional, guidance, levels, clock, callback_on_step_end)
+                # 5. Denoise and decode, one picture at a time: a seed gives the same bits whatever is made beside it
+                with _Decoding(self.runtime.overlaps) as decoding:
+                    for picture in pictures:
+                        final = self._denoise(picture, unconditional, guidance, levels, clock, callback_on_step_end)
+                        with clock.stage("vae_decoder"):
+                            decoding.put((lambda latents: latents) if output_type == "latent" else self._decode, final)
                     with clock.stage("vae_decoder"):
-                        decoding.put((lambda latents: latents) if output_type == "latent" else self._decode, final)
-                with clock.stage("vae_decoder"):
-                    results = decoding.results()
+                        results = decoding.results()
 
             # 6. Look at what came of it
             refused = tuple(None if output_type == "latent" else self._refusal(result) for result in results)
@@ -367,16 +380,17 @@ class Flux2Pipeline:
         check_size(width, height, sampling, multiple)
         return width, height
 
-    def _noise(self, seeds: list[int], width: int, height: int, latents: Floats | None) -> Floats:
+    def _noise(self, seeds: list[int], width: int, height: int, latents: Floats | None) -> _Noise:
         channels = self.spec.transformer.in_channels
         shape = (len(seeds), channels, self._tokens(height), self._tokens(width))
         if latents is None:
-            return noise_batch(seeds, *shape[1:])
+            return _Noise(lambda index: noise_batch(seeds[index : index + 1], *shape[1:])[0], len(seeds))
         if np.shape(latents) != shape or not np.isfinite(latents).all():
             raise UsageError(
                 f"latents {list(np.shape(latents))} do not fit; give finite numbers of shape {list(shape)}"
             )
-        return np.asarray(latents, dtype=np.float32)
+        given = np.asarray(latents, dtype=np.float32)
+        return _Noise(lambda index: given[index], len(given))
 
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[Floats, tuple[bool, ...]]:
         """Prompt embeds [B, T, context_dim] fp32, and of each prompt whether its end was cut.
@@ -431,12 +445,13 @@ class Flux2Pipeline:
         callback: StepCallback | None,
     ) -> Floats:
         """The Euler loop of one picture; returns latents [1, C, h, w]."""
-        _, height, width = picture.noise.shape
+        noise = picture.noise()
+        _, height, width = noise.shape
         image_tokens = height * width
         embeds = np.stack([picture.embeds] if unconditional is None else [unconditional, picture.embeds])
         grids = [latents.shape[:2] for latents in picture.references]
         references = [latents.reshape(1, -1, latents.shape[-1]) for latents in picture.references]
-        tokens = np.concatenate([pack(picture.noise[None]), *references], axis=1).repeat(len(embeds), axis=0)
+        tokens = np.concatenate([pack(noise[None]), *references], axis=1).repeat(len(embeds), axis=0)
         steps = np.diff(levels.astype(np.float32))
         dt = np.zeros((len(steps), tokens.shape[1]), np.float32)
         dt[:, :image_tokens] = steps[:, None]

@@ -76,6 +76,18 @@ def test_without_the_gpu_graphs_and_weights_are_made_and_the_rest_is_said(halves
     assert line.ok and not line.compiled
 
 
+def test_on_request_it_stops_at_graphs_which_are_compiled_later_without_a_gpu(tmp_path: Path) -> None:
+    parts = ("text_encoder", "conditioning")
+    asked = BuildRequest("tiny", "rtx4090", "bf16", components=parts, prepare=True, output=tmp_path)
+    report = build(asked, lambda message: None)
+    assert report.left == f"graphs and weights are done; the plans: flux2-trt build {report.bundle}"
+    assert not Bundle.open(report.bundle).manifest.is_compiled
+    built = Bundle.open(build(BuildRequest(report.bundle, output=tmp_path), lambda message: None).bundle)
+    assert {record.compiler for record in built.manifest.components} == {"tensorrt_rtx"}
+    with pytest.raises(UsageError, match="nothing to prepare for cpu"):
+        build(replace(asked, target="cpu", precision="fp32"), lambda message: None)
+
+
 def test_weights_lie_as_hopper_reads_them(halves: BuildReport) -> None:
     """[N, K], as in the checkpoint."""
     stored = load_file(Bundle.open(halves.bundle).weights_path("text_encoder"))
