@@ -124,6 +124,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
         max_batch: int = 1
         max_references: int = 1
         plans: str = "whole"
+        prepare: bool = False
         loras: tuple[object, ...] = ()
         output: Path | None = None
 
@@ -644,8 +645,8 @@ def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
     result = flux2(
         "build", "tiny", "--target", "cpu", "--precision", "fp32", "--components", "transformer,vae_decoder",
         "--checkpoint", "random:3", "--weights", "bound", "--calibration", "scales.json", "--sizes", "512, 1mp",
-        "--max-batch", "2", "--max-references", "3", "--plans", "blocks", "--output", str(tmp_path / "home"),
-        "--lora", "a.safetensors:0.5", "--lora", "b.safetensors",
+        "--max-batch", "2", "--max-references", "3", "--plans", "blocks", "--prepare",
+        "--output", str(tmp_path / "home"), "--lora", "a.safetensors:0.5", "--lora", "b.safetensors",
     )  # fmt: skip
     assert result.exit_code == 0 and Path(result.stdout.rstrip("\n")).is_dir() and "tracing" in result.stderr
     assert bench.builds == [
@@ -661,6 +662,7 @@ def test_build_prints_the_bundle_and_passes_everything_on(bench, tmp_path):
             "max_batch": 2,
             "max_references": 3,
             "plans": "blocks",
+            "prepare": True,
             "loras": (
                 {"path": Path("a.safetensors"), "strength": 0.5},
                 {"path": Path("b.safetensors"), "strength": 1.0},

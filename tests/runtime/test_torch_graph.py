@@ -20,6 +20,7 @@ from engines.targets import Target
 from export.graph import Graph
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError
+from flux2_trt.runtime.onnxruntime import _share_threads
 from flux2_trt.runtime.torch_graph import torch_module
 from flux2_trt.runtime.torch_plan import writing
 
@@ -89,7 +90,9 @@ def by_onnx_runtime(model: onnx.ModelProto, feeds: dict[str, np.ndarray], weight
             values[value.name] = make.ortvalue_from_numpy_with_onnx_type(codes, kind)
         else:
             values[value.name] = make.ortvalue_from_numpy(tensor.numpy())
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = not _share_threads()  # as the engines of the same process do
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [value.numpy() for value in session.run_with_ort_values(None, values)]
 
 
