@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,7 +134,8 @@ class ProcessWorker:
 
     def close(self) -> None:
         if self._process.stdin is not None and not self._process.stdin.closed:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # what was not read by a process that died
+                self._process.stdin.close()
         self._answers.close()
         try:
             self._process.wait(timeout=20)
