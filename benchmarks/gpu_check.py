@@ -11,7 +11,6 @@ does.
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import re
 import subprocess
@@ -35,6 +34,7 @@ from benchmarks.harness.identity import identity
 from benchmarks.harness.monitor import Monitor
 from engines.build import BuildRequest, build
 from engines.targets import TARGETS, Target
+from engines.tensorrt import load_compiler
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import Flux2Error
 from flux2_trt.outputs import write_file
@@ -254,8 +254,8 @@ class Check:
 def _compiler_of(target: Target) -> str | None:
     """None where it cannot be loaded here."""
     try:
-        importlib.import_module(target.compiler)
-    except (ImportError, OSError):
+        load_compiler(target.compiler)
+    except Flux2Error:
         return None
     return target.compiler
 

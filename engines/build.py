@@ -161,12 +161,14 @@ def _made(
     base_scales = scales_of(source, recipe, request.calibration)
     scales = base_scales.without_weights(source.touched)
 
+    prepares = request.prepare or target.needs_device
+
     def key_of(identity: dict[str, Any], scales: Scales) -> str:
         return content_key(
             {
                 "export": _code_digest(),
                 "packages": {name: version(name) for name in PACKAGES},
-                "compiler": None if target.needs_device or request.prepare else compiler_version(target),
+                "compiler": None if prepares else compiler_version(target),
                 "opset": OPSET,
                 "model": source.spec.to_dict(),
                 "weights": identity,
@@ -179,7 +181,6 @@ def _made(
 
     identity = source.identity()
     key = key_of(identity, scales)
-    prepares = request.prepare or target.needs_device
     job = Job(source, components, target, recipe, placement, layout, shapes, scales, prepares)
     with store.publish(key, model=source.spec, recipe=precision, target=target.name, on_wait=on_progress) as draft:
         reused = draft.done

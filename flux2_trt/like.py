@@ -35,9 +35,8 @@ def made_again(made: Parameters, options: RunOptions) -> RunOptions:
             options = replace(options, prompt_embeds=_embeds_of(made.prompt_embeds, folders))
     found = options_like(made, options)
     if options.model is None and options.bundle is None and not options.lora:
-        targets = runnable_targets()
         for bundle in Store().list():
-            if bundle.ok and bundle.key == made.model_key and bundle.target in targets:
+            if bundle.ok and bundle.key == made.model_key and bundle.target in runnable_targets():
                 return replace(found, model=None, bundle=bundle.path)
     if made.loras and not options.lora and options.bundle is None and options.model in (None, made.model):
         files = [_find(lora.name, lora.sha256, folders, "LoRA", "all LoRAs with --lora") for lora in made.loras]

@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.gpu.device import TimedDevice
-from engines.drawing import Drawing
+from engines.drawing import DEFAULT_TEXT_TOKENS, Drawing
 from engines.hardware import HARDWARE
 from engines.roofline import floor_of
 from export.recipes import RECIPES
@@ -30,6 +31,12 @@ class Case:
     width: int
     height: int
     references: int = 0
+
+    def positions(self, spec: ModelSpec) -> NDArray[np.int64]:
+        """Of its tokens and those of the longest prompt."""
+        unit = spec.autoencoder.pixels_per_token
+        references = [(1024 // unit, 1024 // unit)] * self.references
+        return position_ids(_text_tokens(spec), self.height // unit, self.width // unit, references)
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,11 @@ def trajectory(spec: ModelSpec, case: Case, steps: int, seed: int = 0) -> Trajec
     """With random prompts, noise and references."""
     rng, unit = np.random.default_rng(seed), spec.autoencoder.pixels_per_token
     size = spec.transformer
-    length = spec.prompt.max_length if spec.prompt else 512
-    height, width = case.height // unit, case.width // unit
-    side = 1024 // unit
-    tokens = height * width + case.references * side * side
-    levels = sigmas(steps, height * width).astype(np.float32)
+    length, ids = _text_tokens(spec), case.positions(spec)
+    tokens, of_picture = len(ids) - length, (case.height // unit) * (case.width // unit)
+    levels = sigmas(steps, of_picture).astype(np.float32)
     dt = np.zeros((steps, tokens), np.float32)
-    dt[:, : height * width] = np.diff(levels)[:, None]
-    ids = position_ids(length, height, width, [(side, side)] * case.references)
+    dt[:, :of_picture] = np.diff(levels)[:, None]
     cos, sin = rotary_tables(ids, size.axes_dim, size.theta)
     return Trajectory(
         timestep=levels[:-1],
@@ -77,6 +81,10 @@ def trajectory(spec: ModelSpec, case: Case, steps: int, seed: int = 0) -> Trajec
         sin=sin,
         guidance_mix=np.eye(1, dtype=np.float32) if spec.sampling.guidance_kind == "classifier_free" else None,
     )
+
+
+def _text_tokens(spec: ModelSpec) -> int:
+    return spec.prompt.max_length if spec.prompt else DEFAULT_TEXT_TOKENS
 
 
 def measure(runtime: GpuRuntime, device: TimedDevice, case: Case, target: str, graphs: bool, free: int) -> LoopTimes:

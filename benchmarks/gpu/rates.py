@@ -37,13 +37,15 @@ def rates() -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
+def device_seconds(work: Callable[[], Any]) -> float:
+    """What the device takes for `work`, which is done when this returns."""
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    work()
+    ended.record()
+    torch.cuda.synchronize()
+    return begun.elapsed_time(ended) / 1e3
+
+
 def _seconds(work: Callable[[], Any]) -> float:
-    found = []
-    for _ in range(12):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        work()
-        ended.record()
-        torch.cuda.synchronize()
-        found.append(begun.elapsed_time(ended) / 1e3)
-    return statistics.median(found[2:])
+    return statistics.median([device_seconds(work) for _ in range(12)][2:])

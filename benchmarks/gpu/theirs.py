@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.baselines import diffusers_transformer
 from benchmarks.gpu.loops import Case, trajectory
-from flux2_trt.latents import position_ids
+from benchmarks.gpu.rates import device_seconds
 from flux2_trt.spec import ModelSpec
 
 WARM, TIMED = 3, 5
@@ -55,10 +55,8 @@ def measure(spec: ModelSpec, cases: list[Case], ways: tuple[str, ...] = WAYS) ->
 
 @torch.no_grad()
 def _measure(spec: ModelSpec, model: Any, case: Case, way: str) -> StepTimes:
-    made, unit = trajectory(spec, case, 2), spec.autoencoder.pixels_per_token
-    ids = position_ids(made.prompt_embeds.shape[1], case.height // unit, case.width // unit,
-                       [(1024 // unit, 1024 // unit)] * case.references)  # fmt: skip
-    places = torch.from_numpy(ids).cuda().float()
+    made = trajectory(spec, case, 2)
+    places = torch.from_numpy(case.positions(spec)).cuda().float()
     length = made.prompt_embeds.shape[1]
     asked = {
         "hidden_states": torch.from_numpy(made.tokens).cuda().bfloat16(),
@@ -70,14 +68,5 @@ def _measure(spec: ModelSpec, model: Any, case: Case, way: str) -> StepTimes:
         "return_dict": False,
     }
     torch.cuda.reset_peak_memory_stats()
-    seconds = [_seconds(model, asked) for _ in range(WARM + TIMED)]
+    seconds = [device_seconds(lambda: model(**asked)) for _ in range(WARM + TIMED)]
     return StepTimes(case, way, statistics.median(seconds[WARM:]) * 1e3, seconds[0], torch.cuda.max_memory_reserved())
-
-
-def _seconds(model: Any, asked: dict[str, Any]) -> float:
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begun.record()
-    model(**asked)
-    ended.record()
-    torch.cuda.synchronize()
-    return begun.elapsed_time(ended) / 1e3

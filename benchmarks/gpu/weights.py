@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engines.calibration import SYNTHETIC_INPUT_SCALE
@@ -106,8 +107,6 @@ class RandomWeights:
 
     @staticmethod
     def _stored(dtype: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        import torch
-
         if dtype not in ("float", "bfloat16", FP8_DTYPE):
             raise UsageError(f"no weights in {dtype} are made up here; give a bundle in fp8 or bf16")
         tensor = torch.from_numpy(values)

@@ -1,6 +1,6 @@
 """Plans of TensorRT and TensorRT-RTX on a GPU: the part of the API that `tensorrt` 10.x, 11.x and `tensorrt_rtx` share.
 
-Compiled against both bindings, never run: no GPU was at hand where this was written.
+Compiled against both bindings, never run: TensorRT-RTX refuses Hopper, and no other GPU was at hand.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from export.quantize import FP8_MAX
 from flux2_trt.errors import BundleError
-
-Shape = tuple[int, ...]
+from flux2_trt.runtime.plan import Shape
 
 TORCH_OF_ONNX: Mapping[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
@@ -34,7 +34,6 @@ TORCH_OF_ONNX: Mapping[int, torch.dtype] = {
     onnx.TensorProto.UINT8: torch.uint8,
     onnx.TensorProto.BOOL: torch.bool,
 }
-FP8_MAX = 448.0
 FAST_ACCUMULATION = True
 """FP8 products of Hopper are summed in the tensor cores, as vLLM and torchao have it, and not promoted to fp32 each 128
 of K."""
@@ -105,8 +104,8 @@ class _Lowering:
             self._values[node.output[0]] = sides[attributes.get("start", 0) : attributes.get("end", len(sides))]
         elif all(value is None or isinstance(value, np.ndarray) for value in inputs):
             self._evaluate(node, inputs)
-        elif node.op_type == "MatMul" and all(isinstance(v, Traced) and v.fp8 for v in inputs):
-            self._fp8_product(node, inputs[0], inputs[1])
+        elif node.op_type == "MatMul" and _is_fp8_linear(*inputs):
+            self._fp8_linear(node, inputs[0].fp8, inputs[1].fp8, inputs[0].meta.dtype)
         elif node.op_type in OPERATORS:
             of_host = OF_HOST.get(node.op_type, ())
             operands = [
@@ -156,23 +155,16 @@ class _Lowering:
             return Traced(result.node, result.meta, transposed)
         return result
 
-    def _fp8_product(self, node: onnx.NodeProto, left: Traced, right: Traced) -> None:
-        """The product of FP8 values; with the scale that follows, as the graphs of `export.quantize` spell it."""
-        assert left.fp8 and right.fp8
-        out, name = left.meta.dtype, node.output[0]
-        scale: Traced = self._constant(np.ones(1, np.float32))
-        chain = self._chain(name, ("Cast", "Mul", "Cast"))
-        if right.meta.dim() == 2 and chain:
+    def _fp8_linear(self, node: onnx.NodeProto, x: Traced, weight: Traced, dtype: torch.dtype) -> None:
+        """A product of FP8 values, with the scale that follows as the graphs of `export.quantize` spell it."""
+        name = node.output[0]
+        scale = unit = self._constant(np.ones(1, np.float32))
+        if chain := self._chain(name, ("Cast", "Mul", "Cast")):
             [other] = [self._values[each] for each in chain[1].input if each != chain[0].output[0]]
             if isinstance(other, Traced) and other.meta.shape == (1,):
                 scale, name = other, chain[2].output[0]
                 self._done |= {id(each) for each in chain}
-        if right.meta.dim() != 2:
-            left, right = (self._emit(to_dtype, value.fp8, dtype=out)[0] for value in (left, right))
-            [self._values[name]] = self._emit(matmul, left, right)
-            return
-        unit = self._constant(np.ones(1, np.float32))
-        [self._values[name]] = self._emit(fp8_linear, left.fp8, right.fp8, scale, unit, dtype=out)
+        [self._values[name]] = self._emit(fp8_linear, x, weight, scale, unit, dtype=dtype)
 
     def _chain(self, name: str, kinds: Sequence[str]) -> list[onnx.NodeProto]:
         """The nodes of these kinds that follow `name` one after the other, with nobody else to use what they make."""
@@ -218,6 +210,12 @@ def _shape(value: Known | Traced | None) -> Shape:
     return tuple(value.meta.shape if isinstance(value, Traced) else value.shape)
 
 
+def _is_fp8_linear(left: Known | Traced, right: Known | Traced) -> bool:
+    if not (isinstance(left, Traced) and isinstance(right, Traced)):
+        return False
+    return left.fp8 is not None and right.fp8 is not None and right.meta.dim() == 2
+
+
 def _plain(value: Any) -> Any:
     """A known value as numbers of Python."""
     if value is None:
@@ -229,10 +227,6 @@ def _plain(value: Any) -> Any:
 
 def _item(values: Sequence[Tensor], index: int) -> Tensor:
     return values[index]
-
-
-def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype)
 
 
 def cast(x: Tensor, to: int, **_: Any) -> Tensor:
