@@ -154,7 +154,7 @@ def _tiny() -> ModelSpec:
             height=256,
             min_side=128,
             max_side=512,
-            max_reference_area=256 * 256,
+            max_reference_area=512 * 512,
         ),
         license="Apache-2.0",
     )

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from export.modules.autoencoder import PICTURE_CHANNELS, VaeDecoder, VaeEncoder
-from export.tiny.config import AutoencoderConfig
+from export.tiny.batches import loader
+from export.tiny.config import AutoencoderConfig, AutoencoderPhase
 from export.tiny.dataset import sample
 from export.tiny.optimizer import Optimizer, schedule_factor
 from export.tiny.scenes import COLORS, SHAPES, Scene, Thing, pick, render
@@ -36,8 +38,28 @@ def pictures(rng: np.random.Generator, count: int, side: int, collages: float) -
     return torch.from_numpy(np.stack([render(scene, side, side) for scene in scenes]))
 
 
+class AutoencoderSteps(Dataset[Tensor]):
+    """The pictures of each step."""
+
+    def __init__(self, config: AutoencoderConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.phases: list[AutoencoderPhase] = [phase for phase in config.phases for _ in range(phase.steps)]
+
+    def __len__(self) -> int:
+        return len(self.phases)
+
+    def __getitem__(self, step: int) -> Tensor:
+        phase = self.phases[step]
+        return pictures(np.random.default_rng((self.seed, step)), phase.batch, phase.side, self.config.collages)
+
+
 def train_autoencoder(
-    spec: AutoencoderSpec, config: AutoencoderConfig, seed: int, log: Callable[[str], None]
+    spec: AutoencoderSpec,
+    config: AutoencoderConfig,
+    seed: int,
+    log: Callable[[str], None],
+    device: torch.device,
+    workers: int = 0,
 ) -> tuple[VaeEncoder, VaeDecoder]:
     """Both halves, trained on reconstruction from noisy latents, with the latent batch norm measured at the end.
 
@@ -45,27 +67,24 @@ def train_autoencoder(
     what the flow model can learn, and makes the decoder draw clean areas and edges from latents that are not quite so.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
+    encoder, decoder = VaeEncoder(spec).to(device), VaeDecoder(spec).to(device)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     kernels = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) > PICTURE_CHANNELS]
     optimizer = Optimizer(parameters, kernels, config.muon_learning_rate, config.adam_learning_rate)
-    total = sum(phase.steps for phase in config.phases)
-    step = 0
-    for phase in config.phases:
-        for _ in range(phase.steps):
-            target = pictures(rng, phase.batch, phase.side, config.collages).permute(0, 3, 1, 2) / 127.5 - 1.0
-            mean = encoder.encoder(target).chunk(2, dim=1)[0]
-            scale = mean.std(dim=(0, 2, 3), keepdim=True)
-            noise = config.noise * torch.rand(len(mean), 1, 1, 1) * torch.randn_like(mean)
-            output = decoder.decoder(mean + scale * noise)
-            reconstruction = F.l1_loss(output, target) + F.mse_loss(output, target)
-            (reconstruction + config.size_weight * mean.square().mean()).backward()
-            optimizer.step(schedule_factor(step, total, config.warmup_steps, config.decay_share))
-            step += 1
-            if step % 100 == 0 or step == total:
-                log(f"autoencoder {step}/{total} side {phase.side} loss {reconstruction.item():.4f}")
-    _measure_latents(encoder, decoder, config, rng)
+    steps = AutoencoderSteps(config, seed)
+    total = len(steps)
+    for step, drawn in enumerate(loader(steps, 0, total, workers, pin=device.type == "cuda"), start=1):
+        target = drawn.to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1.0
+        mean = encoder.encoder(target).chunk(2, dim=1)[0]
+        scale = mean.std(dim=(0, 2, 3), keepdim=True)
+        noise = config.noise * torch.rand(len(mean), 1, 1, 1, device=device) * torch.randn_like(mean)
+        output = decoder.decoder(mean + scale * noise)
+        reconstruction = F.l1_loss(output, target) + F.mse_loss(output, target)
+        (reconstruction + config.size_weight * mean.square().mean()).backward()
+        optimizer.step(schedule_factor(step - 1, total, config.warmup_steps, config.decay_share))
+        if step % 100 == 0 or step == total:
+            log(f"autoencoder {step}/{total} side {target.shape[-1]} loss {reconstruction.item():.4f}")
+    _measure_latents(encoder, decoder, config, np.random.default_rng((seed, total)))
     return encoder.eval(), decoder.eval()
 
 
@@ -74,10 +93,10 @@ def _measure_latents(
     encoder: VaeEncoder, decoder: VaeDecoder, config: AutoencoderConfig, rng: np.random.Generator
 ) -> None:
     """Set the batch norm of both halves from the latents of training pictures, and the posterior to the noise."""
-    side, batch = config.phases[-1].side, 16
+    side, batch, device = config.statistics_side, 16, encoder.bn.running_mean.device
     latents = torch.cat(
         [
-            encoder(pictures(rng, batch, side, collages=0.0)).flatten(0, 2)
+            encoder(pictures(rng, batch, side, collages=0.0).to(device)).flatten(0, 2)
             for _ in range(config.statistics_pictures // batch)
         ]
     )

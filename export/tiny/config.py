@@ -22,10 +22,10 @@ class AutoencoderConfig:
     """Reconstruction of collages and rendered scenes."""
 
     phases: tuple[AutoencoderPhase, ...] = (
-        AutoencoderPhase(steps=1400, side=32, batch=8),
-        AutoencoderPhase(steps=1000, side=64, batch=4),
-        AutoencoderPhase(steps=400, side=128, batch=4),
-        AutoencoderPhase(steps=120, side=256, batch=2),
+        AutoencoderPhase(steps=1500, side=32, batch=32),
+        AutoencoderPhase(steps=1500, side=64, batch=16),
+        AutoencoderPhase(steps=1500, side=128, batch=16),
+        AutoencoderPhase(steps=500, side=256, batch=8),
     )
     muon_learning_rate: float = 0.025
     adam_learning_rate: float = 2e-3
@@ -38,14 +38,15 @@ class AutoencoderConfig:
     collages: float = 0.75
     """Share of collages among the pictures."""
     statistics_pictures: int = 512
+    statistics_side: int = 256
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """Reading the facts of prompts."""
 
-    steps: int = 1000
-    batch: int = 128
+    steps: int = 1500
+    batch: int = 256
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 3e-3
     warmup_steps: int = 50
@@ -55,39 +56,25 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class FlowPhase:
-    """So many steps with these pictures of each kind in a step; `sizes` are drawn evenly."""
-
-    steps: int
-    sizes: tuple[tuple[int, int], ...]
-    batch: Mapping[Kind, int]
-    tokens: int
-    """Tokens that a step looks at in every picture, drawn anew if a picture has more."""
-    padded: float
-    """Share of batches with all the padding that a prompt has at inference; the others spare the time."""
-
-
-OTHER_SIZES = (
-    *((128, 128), (192, 192), (384, 384), (512, 512)),
-    *((320, 192), (192, 320), (384, 256), (256, 384), (512, 256), (256, 512)),
-)
-DEFAULT = ((256, 256),)
-SIZES = (*DEFAULT * len(OTHER_SIZES), *OTHER_SIZES)
-"""Half of the batches at the default size, half at others."""
-
-
-@dataclass(frozen=True)
 class FlowConfig:
     """Flow matching of conditioning and transformer together."""
 
-    phases: tuple[FlowPhase, ...] = (
-        FlowPhase(steps=1250, sizes=SIZES, batch={"text": 4, "edit": 8, "combine": 1}, tokens=112, padded=0.25),
-        FlowPhase(steps=1650, sizes=DEFAULT, batch={"text": 4, "edit": 9, "combine": 1}, tokens=128, padded=0.25),
-        FlowPhase(steps=300, sizes=DEFAULT, batch={"text": 3, "edit": 7, "combine": 1}, tokens=256, padded=1.0),
+    steps: int = 12000
+    batch: Mapping[Kind, int] = field(default_factory=lambda: {"text": 20, "edit": 36, "combine": 8})
+    """Samples of each kind in a step at the default size; at others so many that they have as many tokens."""
+    size: tuple[int, int] = (256, 256)
+    """The default size."""
+    other_sizes: tuple[tuple[int, int], ...] = (
+        *((128, 128), (160, 160), (192, 192), (224, 224), (320, 320), (384, 384), (448, 448), (512, 512)),
+        *((320, 192), (192, 320), (384, 256), (256, 384), (512, 256), (256, 512), (512, 384), (384, 512)),
     )
+    default_share: float = 0.4
+    """Share of batches at the default size; the others are drawn evenly from `other_sizes`."""
+    default_reference_share: float = 0.2
+    """Share of batches whose references have the default size, whatever size the target has."""
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
-    warmup_steps: int = 50
+    warmup_steps: int = 200
     decay_share: float = 0.8
     """Share of all steps, at the end, over which the learning rate falls linearly to zero."""
     timestep_shift: float = 6.0
@@ -99,13 +86,7 @@ class FlowConfig:
     layout_weight: float = 0.2
     """Weight in the loss of the head that reads the layout from the middle of the transformer."""
     prompt_dropout: float = 0.06
-    ema_decay: float = 0.99
-    pool_size: int = 1024
-    """Encoded samples kept per kind and size; the oldest make room for new ones."""
-    pool_start: int = 500
-    """So many samples of a kind and size are drawn before any is used again."""
-    fresh_share: float = 0.1
-    """Share of a batch that is newly drawn after that; the rest comes from the pool with new noise."""
+    ema_decay: float = 0.999
 
 
 @dataclass(frozen=True)
@@ -115,7 +96,10 @@ class EvaluationConfig:
     count: int = 100
     """Samples of every kind."""
     batch: int = 10
+    other_count: int = 40
+    """The same at each of some other sizes."""
     size: tuple[int, int] = (256, 256)
+    other_sizes: tuple[tuple[int, int], ...] = ((128, 128), (320, 192), (192, 320), (384, 384), (512, 512))
     num_inference_steps: int = 8
     seed: int = 1
 

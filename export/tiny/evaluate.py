@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 from export.modules.autoencoder import VaeDecoder, VaeEncoder
+from export.tiny.batches import draw_samples, encode
 from export.tiny.config import EvaluationConfig
 from export.tiny.dataset import DRAW, Sample, sample
 from export.tiny.flow import FlowModel
 from export.tiny.judge import judge, score
-from export.tiny.pool import encode_samples
-from flux2_trt.latents import pack, position_ids, rotary_tables
+from flux2_trt.latents import pack
 from flux2_trt.noise import noise_batch
 from flux2_trt.schedule import sigmas
 from flux2_trt.text import PromptTokenizer
@@ -40,25 +40,24 @@ def held_out_scores(generate: Generate, config: EvaluationConfig) -> dict[str, f
 def torch_generator(
     model: FlowModel, encoder: VaeEncoder, decoder: VaeDecoder, tokenizer: PromptTokenizer, config: EvaluationConfig
 ) -> Generate:
-    """Pictures by the torch modules themselves, for scores during the training."""
-    spec = model.spec
+    """Pictures by the torch modules themselves, all on one device, for scores after the training."""
+    spec, device = model.spec, encoder.bn.running_mean.device
     width, height = (side // spec.autoencoder.pixels_per_token for side in config.size)
+    count = width * height
 
     @torch.no_grad()
     def generate(samples: Sequence[Sample], seeds: Sequence[int]) -> Pictures:
-        batch = encode_samples(list(samples), config.size, encoder, tokenizer)
-        references = [(height, width)] * (batch.references.shape[1] // (height * width))
-        ids = position_ids(batch.input_ids.shape[1], height, width, references)
-        cos, sin = map(torch.from_numpy, rotary_tables(ids, spec.transformer.axes_dim, spec.transformer.theta))
-        levels = torch.from_numpy(sigmas(config.num_inference_steps, width * height)).float()
+        sizes = [config.size] * len(samples[0].references)
+        batch = encode(draw_samples(samples, config.size, sizes, spec, tokenizer).to(device), encoder)
+        levels = torch.from_numpy(sigmas(config.num_inference_steps, count)).float().to(device)
         table, text_tokens = model.conditioning(levels[:-1], model.text_encoder(batch.input_ids, batch.attention_mask))
         noise = noise_batch(seeds, spec.transformer.in_channels, height, width)
-        tokens = torch.cat((torch.from_numpy(pack(noise)), batch.references), dim=1)
-        dt = torch.zeros(len(table), tokens.shape[1])
-        dt[:, : width * height] = levels.diff()[:, None]
-        step = torch.zeros(1, dtype=torch.int32)
+        tokens = torch.cat((torch.from_numpy(pack(noise)).to(device), batch.references), dim=1)
+        dt = torch.zeros(len(table), tokens.shape[1], device=device)
+        dt[:, :count] = levels.diff()[:, None]
+        step = torch.zeros(1, dtype=torch.int32, device=device)
         for _ in table:
-            tokens, step = model.transformer(tokens, table, text_tokens, cos, sin, dt, step)
-        return decoder(tokens[:, : width * height].unflatten(1, (height, width))).numpy()
+            tokens, step = model.transformer(tokens, table, text_tokens, *batch.tables, dt, step)
+        return decoder(tokens[:, :count].unflatten(1, (height, width))).cpu().numpy()
 
     return generate

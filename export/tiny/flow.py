@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,10 +14,10 @@ from export.modules.autoencoder import VaeEncoder
 from export.modules.conditioning import Conditioning
 from export.modules.text_encoder import TextEncoder
 from export.modules.transformer import Transformer
-from export.tiny.config import FlowConfig, FlowPhase
+from export.tiny.batches import CELLS, TOKEN_COLORS, TOKEN_SHAPES, Batch, Drawing, FlowSteps, encode, loader
+from export.tiny.config import FlowConfig
+from export.tiny.dataset import Kind
 from export.tiny.optimizer import Optimizer, has_bfloat16, schedule_factor
-from export.tiny.pool import CELLS, TOKEN_COLORS, TOKEN_SHAPES, Batch, Pool
-from flux2_trt.latents import position_ids, rotary_tables
 from flux2_trt.spec import ModelSpec
 from flux2_trt.text import PromptTokenizer
 
@@ -57,16 +56,14 @@ class FlowModel(nn.Module):
             elif parameter.ndim == 2 and parameter.requires_grad:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
-    def loss(self, batch: Batch, tables: tuple[Tensor, Tensor], config: FlowConfig) -> tuple[Tensor, Tensor]:
-        """Weighted mean squared error of the velocity noise - picture at shifted uniform timesteps, and of the layout.
+    def loss(self, batch: Batch, uniform: Tensor, noise: Tensor, config: FlowConfig) -> tuple[Tensor, Tensor]:
+        """Weighted mean squared error of the velocity noise - picture at shifted timesteps, and of the layout.
 
-        The second is the cross-entropy of shape, colour and mean cell coverage added up, with the same weights of
-        tokens.
+        uniform [B] are numbers in 0..1, noise [B, N, C] is normal. The second is the cross-entropy of shape, colour and
+        mean cell coverage added up, with the same weights of tokens.
         """
-        shift, device = config.timestep_shift, batch.target.device
-        uniform = torch.rand(len(batch.target)).to(device)
+        shift = config.timestep_shift
         timestep = shift * uniform / (1 + (shift - 1) * uniform)
-        noise = torch.randn(batch.target.shape).to(device)
         noisy = torch.lerp(batch.target, noise, timestep[:, None, None])
         tokens = torch.cat((noisy, batch.references), dim=1)
 
@@ -75,7 +72,7 @@ class FlowModel(nn.Module):
         hook = block.register_forward_hook(lambda _module, _inputs, output: middle.append(output))
         embeds = self.text_encoder(batch.input_ids, batch.attention_mask)
         modulation, text_tokens = self.conditioning(timestep, embeds)
-        velocity = self.transformer.velocity(tokens, modulation, text_tokens, *tables)
+        velocity = self.transformer.velocity(tokens, modulation, text_tokens, *batch.tables)
         hook.remove()
 
         count = noise.shape[1]
@@ -92,6 +89,68 @@ class FlowModel(nn.Module):
         return (error * weight).sum(), (surprise * weight).sum()
 
 
+class Part:
+    """The losses of one drawing in a step, and their gradients, added to those of the parameters."""
+
+    def __init__(self, trainer: FlowTrainer, drawing: Drawing, share: float) -> None:
+        self.trainer, self.share = trainer, share
+        self.drawing = drawing.to(trainer.device)
+        count, tokens = len(drawing.pictures), drawing.pictures[0, 0, :, :, 0].numel()
+        autoencoder = trainer.spec.autoencoder
+        tokens //= autoencoder.pixels_per_token**2
+        self.uniform = torch.empty(count, device=trainer.device)
+        self.noise = torch.empty(count, tokens, trainer.spec.transformer.in_channels, device=trainer.device)
+        self.losses = torch.empty(2, device=trainer.device)
+
+    def run(self, drawing: Drawing) -> tuple[Tensor, Tensor]:
+        """Error of the velocity and of the layout, for `drawing` and newly drawn noise."""
+        self._fill(drawing)
+        self._launch()
+        error, surprise = self.losses.clone()
+        return error, surprise
+
+    def _launch(self) -> None:
+        self._compute()
+
+    def _fill(self, drawing: Drawing) -> None:
+        for mine, given in zip(self.drawing.tensors(), drawing.tensors(), strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.uniform.uniform_()
+        self.noise.normal_()
+
+    def _compute(self) -> None:
+        trainer = self.trainer
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.bfloat16):
+            batch = encode(self.drawing, trainer.encoder)
+            error, surprise = trainer.model.loss(batch, self.uniform, self.noise, trainer.config)
+        ((error + trainer.config.layout_weight * surprise) * self.share).backward()
+        self.losses.copy_(torch.stack((error.detach(), surprise.detach())))
+
+
+class CapturedPart(Part):
+    """The same as a CUDA graph: a step is thousands of small kernels, which cost a host more than the GPU."""
+
+    pool: Any = None
+    """Memory that all graphs share, of which none is in use between two of them."""
+
+    def __init__(self, trainer: FlowTrainer, drawing: Drawing, share: float) -> None:
+        super().__init__(trainer, drawing, share)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._fill(drawing)
+            self._compute()  # what libraries make once may not be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        trainer.optimizer.clear()
+        CapturedPart.pool = CapturedPart.pool or torch.cuda.graph_pool_handle()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=CapturedPart.pool, capture_error_mode="thread_local"):
+            self._compute()
+
+    def _launch(self) -> None:
+        self.graph.replay()
+
+
 class FlowTrainer:
     """The state of a training that can be stopped and resumed at any step."""
 
@@ -105,8 +164,8 @@ class FlowTrainer:
         tokenizer: PromptTokenizer,
     ) -> None:
         torch.manual_seed(seed)
-        self.spec, self.config, self.encoder, self.tokenizer = spec, config, encoder, tokenizer
-        self.rng = np.random.default_rng(seed)
+        self.spec, self.config, self.seed, self.encoder = spec, config, seed, encoder
+        self.drawings = FlowSteps(config, seed, spec, tokenizer)
         self.device = encoder.encoder.conv_in.weight.device
         self.bfloat16 = has_bfloat16(self.device)
         self.model = FlowModel(spec).to(self.device)
@@ -119,83 +178,55 @@ class FlowTrainer:
             config.muon_learning_rate,
             config.adam_learning_rate,
         )
-        self.pools: dict[tuple[str, tuple[int, int]], Pool] = {}
+        for parameter in self.optimizer.parameters:
+            parameter.grad = torch.zeros_like(parameter)  # graphs add to these
+        self.parts: dict[tuple[torch.Size, ...], Part] = {}
         self.step = 0
         self.seconds = 0.0
+        self.devices: list[str] = []
 
-    @property
-    def total_steps(self) -> int:
-        return sum(phase.steps for phase in self.config.phases)
+    def run(
+        self, log: Callable[[str], None], workers: int = 0, goes_on: Callable[[FlowTrainer], bool] = lambda _: True
+    ) -> None:
+        """Train to the end, or until `goes_on`, which is asked after every step, says no."""
+        steps = loader(self.drawings, self.step, self.config.steps, workers, pin=self.device.type == "cuda")
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        self.devices = list(dict.fromkeys((*self.devices, name))) if self.step < self.config.steps else self.devices
+        started, before = time.monotonic(), self.seconds
+        for drawings in steps:
+            losses = self.train_step(drawings)
+            self.seconds = before + time.monotonic() - started
+            if self.step % 100 == 0 or self.step == self.config.steps:
+                values = " ".join(f"{kind} {value.item():.4f}" for kind, value in losses.items())
+                log(f"flow {self.step}/{self.config.steps} {self.seconds:.0f} s: {values}")
+            if not goes_on(self):
+                break
 
-    def run(self, log: Callable[[str], None], save: Callable[[FlowTrainer], None], last: int) -> None:
-        """Train until step `last`; `save` is called after every step and decides for itself."""
-        first = 0
-        for phase in self.config.phases:
-            while first <= self.step < min(first + phase.steps, last):
-                started = time.monotonic()
-                losses = self.train_step(phase)
-                self.seconds += time.monotonic() - started
-                if self.step % 20 == 0 or self.step == last:
-                    values = " ".join(f"{kind} {value:.4f}" for kind, value in losses.items())
-                    log(f"flow {self.step}/{self.total_steps} {self.seconds:.0f} s: {values}")
-                save(self)
-            first += phase.steps
-
-    def train_step(self, phase: FlowPhase) -> dict[str, float]:
-        """One update from a batch of every kind."""
-        losses: dict[str, float] = {}
-        total = sum(phase.batch.values())
-        for kind, count in phase.batch.items():
-            size = phase.sizes[int(self.rng.integers(len(phase.sizes)))]
-            pool = self.pools.setdefault(
-                (kind, size),
-                Pool(kind, size, self.config.pool_size, self.config.pool_start, self.encoder, self.tokenizer),
-            )
-            batch = self._vary_prompts(pool.batch(self.rng, count, self.config.fresh_share), phase.padded)
-            places = self._places(batch.target.shape[1], phase.tokens)
-            tables = self._tables(batch, size, places)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                error, surprise = self.model.loss(batch.at(places), tables, self.config)
-            ((error + self.config.layout_weight * surprise) * (count / total)).backward()
-            losses[kind] = error.item()
-            losses[f"{kind} layout"] = surprise.item()
+    def train_step(self, drawings: dict[Kind, Drawing]) -> dict[str, Tensor]:
+        """One update from a drawing of every kind; returns its losses."""
+        torch.manual_seed(self.seed + (self.step << 32))
+        losses: dict[str, Tensor] = {}
         config = self.config
-        self.optimizer.step(schedule_factor(self.step, self.total_steps, config.warmup_steps, config.decay_share))
+        parts = {kind: self._part(kind, drawing) for kind, drawing in drawings.items()}
+        for kind, part in parts.items():
+            error, surprise = part.run(drawings[kind])
+            losses[kind], losses[f"{kind} layout"] = error, surprise
+        self.optimizer.step(schedule_factor(self.step, config.steps, config.warmup_steps, config.decay_share))
         self.step += 1
         decay = min(config.ema_decay, self.step / (self.step + 10))
         for name, value in self.model.state_dict().items():
             self.average[name].lerp_(value, 1 - decay)
         return losses
 
-    def _vary_prompts(self, batch: Batch, padded: float) -> Batch:
-        """Empty some prompts, for classifier-free guidance, and in all but a share `padded` cut needless padding."""
-        empty = self.tokenizer([""])
-        dropped = torch.from_numpy(self.rng.random(len(batch.target)) < self.config.prompt_dropout)[:, None]
-        dropped, empty_ids, empty_mask = (
-            values.to(self.device)
-            for values in (dropped, torch.from_numpy(empty.input_ids), torch.from_numpy(empty.attention_mask))
-        )
-        input_ids = torch.where(dropped, empty_ids, batch.input_ids)
-        attention_mask = torch.where(dropped, empty_mask, batch.attention_mask)
-        length = input_ids.shape[1] if self.rng.random() < padded else int(attention_mask.sum(dim=1).max())
-        return replace(batch, input_ids=input_ids[:, :length], attention_mask=attention_mask[:, :length])
-
-    def _places(self, count: int, tokens: int) -> Tensor:
-        """The tokens of a picture that a step looks at, in order."""
-        places = self.rng.choice(count, size=min(tokens, count), replace=False)
-        return torch.from_numpy(np.sort(places)).to(self.device)
-
-    def _tables(self, batch: Batch, size: tuple[int, int], places: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables of the prompt, and of the target and every reference at `places`."""
-        width, height = (side // self.spec.autoencoder.pixels_per_token for side in size)
-        references = [(height, width)] * (batch.references.shape[1] // (height * width))
-        length = batch.input_ids.shape[1]
-        ids = position_ids(length, height, width, references)
-        pictures = ids[length:].reshape(-1, height * width, ids.shape[1])[:, places.cpu().numpy()]
-        ids = np.concatenate([ids[:length], pictures.reshape(-1, ids.shape[1])])
-        transformer = self.spec.transformer
-        cos, sin = rotary_tables(ids, transformer.axes_dim, transformer.theta)
-        return torch.from_numpy(cos).to(self.device), torch.from_numpy(sin).to(self.device)
+    def _part(self, kind: Kind, drawing: Drawing) -> Part:
+        """What trains on drawings of this shape; on a GPU, what is made for a shape is kept."""
+        share = self.config.batch[kind] / sum(self.config.batch.values())
+        if self.device.type != "cuda":
+            return Part(self, drawing, share)
+        key = tuple(tensor.shape for tensor in drawing.tensors())
+        if key not in self.parts:
+            self.parts[key] = CapturedPart(self, drawing, share)
+        return self.parts[key]
 
     def start_from(self, transformer: dict[str, Tensor]) -> None:
         """Take the weights of an earlier training, those of the conditioning among them."""
@@ -204,25 +235,25 @@ class FlowTrainer:
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def averaged_model(self) -> FlowModel:
+        """A model of its own, on the CPU, with the weights averaged over the last steps."""
         model = FlowModel(self.spec)
         model.load_state_dict(self.average)
         return model.eval()
 
     def state(self) -> dict:
+        """What `load_state` goes on from."""
         return {
             "model": self.model.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
-            "rng": self.rng.bit_generator.state,
-            "torch_rng": torch.get_rng_state(),
             "step": self.step,
             "seconds": self.seconds,
+            "devices": self.devices,
         }
 
     def load_state(self, state: dict) -> None:
+        """Go on from `state`, as if there had been no stop: all chance comes from the seed and the step."""
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"].cpu())
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.devices = state["step"], state["seconds"], state["devices"]

@@ -24,22 +24,23 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def orthogonalize(gradient: Tensor) -> Tensor:
-    """The nearest matrix [m, n] with singular values of about one, by Newton-Schulz iteration.
+    """The nearest matrix [..., m, n] with singular values of about one, by Newton-Schulz iteration.
 
     The iteration multiplies the matrix by polynomials of its Gram matrix, all of which commute; so it runs on the
     short side squared alone.
     """
     a, b, c = NEWTON_SCHULZ
-    x = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
-    x = x / (x.norm() + 1e-7)
-    gram = x @ x.T
-    product = identity = torch.eye(len(gram), device=gram.device)
+    tall = gradient.shape[-2] > gradient.shape[-1]
+    x = gradient.mT if tall else gradient
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    product = identity = torch.eye(gram.shape[-1], device=gram.device)
     for _ in range(ITERATIONS):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        factor = b * gram + c * (gram @ gram) + a * identity
         product = factor @ product
         gram = factor @ factor @ gram
     x = product @ x
-    return x.T if gradient.shape[0] > gradient.shape[1] else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,16 +51,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Apply one update; no closure."""
+        """Apply one update; no closure. Parameters of one shape are orthogonalized together."""
         for group in self.param_groups:
+            updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]).flatten(1))
-                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+                update = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
+                updates.setdefault(parameter.shape, []).append((parameter, update))
+            for pairs in updates.values():
+                together = orthogonalize(torch.stack([update for _, update in pairs]))
+                scale = max(1.0, together.shape[1] / together.shape[2]) ** 0.5
+                for (parameter, _), update in zip(pairs, together, strict=True):
+                    parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
 
 class Optimizer:
@@ -88,7 +94,12 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = learning_rate * factor
             part.step()
-            part.zero_grad(set_to_none=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Set the gradients to zero where they are."""
+        for part, _ in self.parts:
+            part.zero_grad(set_to_none=False)
 
     def state_dict(self) -> list[dict]:
         return [part.state_dict() for part, _ in self.parts]

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from export.modules.text_encoder import TextEncoder
+from export.tiny.batches import loader
 from export.tiny.config import TextConfig
 from export.tiny.dataset import OPERATIONS, Sample, sample
 from export.tiny.optimizer import Optimizer, has_bfloat16, schedule_factor
@@ -89,20 +91,39 @@ class Reader(nn.Module):
         return list(logits.split([1 + len(values) for values in FACTS.values()], dim=1))
 
 
+class TextSteps(Dataset[tuple[Tensor, ...]]):
+    """The prompts of each step, and what they say: the tuple of `_batch`."""
+
+    def __init__(self, config: TextConfig, seed: int, tokenizer: PromptTokenizer) -> None:
+        self.config, self.seed, self.tokenizer = config, seed, tokenizer
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        rng = np.random.default_rng((self.seed, step))
+        return _batch([sample(rng) for _ in range(self.config.batch)], self.tokenizer)
+
+
 def train_text_encoder(
-    spec: TextEncoderSpec, config: TextConfig, seed: int, tokenizer: PromptTokenizer, log: Callable[[str], None]
+    spec: TextEncoderSpec,
+    config: TextConfig,
+    seed: int,
+    tokenizer: PromptTokenizer,
+    log: Callable[[str], None],
+    device: torch.device,
+    workers: int = 0,
 ) -> TextEncoder:
     """The text encoder, trained on the facts of prompts from the training side of the split."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    reader = Reader(spec)
-    bfloat16 = has_bfloat16(torch.device("cpu"))
+    reader = Reader(spec).to(device)
+    bfloat16 = has_bfloat16(device)
     matrices = [p for n, p in reader.named_parameters() if p.ndim == 2 and "layers." in n]
     optimizer = Optimizer(reader.parameters(), matrices, config.muon_learning_rate, config.adam_learning_rate)
-    for step in range(1, config.steps + 1):
-        samples = [sample(rng) for _ in range(config.batch)]
-        input_ids, attention_mask, labels, summary = _batch(samples, tokenizer)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    steps = loader(TextSteps(config, seed, tokenizer), 0, config.steps, workers, pin=device.type == "cuda")
+    for step, batch in enumerate(steps, start=1):
+        input_ids, attention_mask, labels, summary = (values.to(device, non_blocking=True) for values in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = reader(input_ids, attention_mask)
             surprise = torch.stack(
                 [
@@ -131,6 +152,8 @@ def _batch(samples: list[Sample], tokenizer: PromptTokenizer) -> tuple[Tensor, T
 def reading_share(reader: Reader, tokenizer: PromptTokenizer, count: int, seed: int) -> float:
     """The share of held-out prompts of which every fact is read right at every place that the head reads."""
     rng = np.random.default_rng(seed)
-    input_ids, attention_mask, labels, summary = _batch([sample(rng, held_out=True) for _ in range(count)], tokenizer)
+    batch = _batch([sample(rng, held_out=True) for _ in range(count)], tokenizer)
+    device = reader.head.weight.device
+    input_ids, attention_mask, labels, summary = (values.to(device) for values in batch)
     read = torch.stack([logits.argmax(dim=1) for logits in reader(input_ids, attention_mask)], dim=-1)
     return float(((read == labels[:, None]).all(dim=-1) | ~summary).all(dim=1).float().mean())

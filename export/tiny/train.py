@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import time
 from dataclasses import asdict, replace
@@ -23,10 +24,10 @@ from safetensors.torch import load_file
 from export.modules.autoencoder import VaeDecoder, VaeEncoder
 from export.modules.text_encoder import TextEncoder
 from export.tiny.autoencoder import train_autoencoder
-from export.tiny.config import TrainConfig
+from export.tiny.config import EvaluationConfig, TrainConfig
 from export.tiny.dataset import vocabulary
 from export.tiny.evaluate import held_out_scores, torch_generator
-from export.tiny.flow import FlowTrainer
+from export.tiny.flow import FlowModel, FlowTrainer
 from export.tiny.reading import train_text_encoder
 from export.tiny.tokenizer import build_tokenizer, save
 from flux2_trt.models import published_spec
@@ -57,7 +58,9 @@ def _save_state(state: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _autoencoder(config: TrainConfig, path: Path, start: Path | None) -> tuple[VaeEncoder, VaeDecoder]:
+def _autoencoder(
+    config: TrainConfig, path: Path, start: Path | None, device: torch.device, workers: int
+) -> tuple[VaeEncoder, VaeDecoder]:
     spec = published_spec("tiny").autoencoder
     encoder, decoder = VaeEncoder(spec), VaeDecoder(spec)
     if start:
@@ -66,15 +69,17 @@ def _autoencoder(config: TrainConfig, path: Path, start: Path | None) -> tuple[V
             half.load_state_dict({name: tensors[name] for name in half.state_dict()})
         return encoder.eval(), decoder.eval()
     if not path.exists():
-        trained = train_autoencoder(spec, config.autoencoder, config.seed, _log)
+        trained = train_autoencoder(spec, config.autoencoder, config.seed, _log, device, workers)
         _save_state({"encoder": trained[0].state_dict(), "decoder": trained[1].state_dict()}, path)
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     encoder.load_state_dict(state["encoder"])
     decoder.load_state_dict(state["decoder"])
     return encoder.eval(), decoder.eval()
 
 
-def _text_encoder(config: TrainConfig, path: Path, start: Path | None, tokenizer: PromptTokenizer) -> TextEncoder:
+def _text_encoder(
+    config: TrainConfig, path: Path, start: Path | None, tokenizer: PromptTokenizer, device: torch.device, workers: int
+) -> TextEncoder:
     spec = published_spec("tiny").text_encoder
     assert spec
     text_encoder = TextEncoder(spec)
@@ -82,9 +87,9 @@ def _text_encoder(config: TrainConfig, path: Path, start: Path | None, tokenizer
         text_encoder.load_state_dict(_read_half_precision(start / "text_encoder.safetensors"))
         return text_encoder.eval()
     if not path.exists():
-        trained = train_text_encoder(spec, config.text, config.seed, tokenizer, _log)
+        trained = train_text_encoder(spec, config.text, config.seed, tokenizer, _log, device, workers)
         _save_state(trained.state_dict(), path)
-    text_encoder.load_state_dict(torch.load(path, weights_only=True))
+    text_encoder.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     return text_encoder.eval()
 
 
@@ -108,64 +113,84 @@ def main(
         Path | None,
         typer.Option(help="Folder of a finished model to train further; its autoencoder and text encoder stay."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the flow model trains: cpu or cuda.")] = "cpu",
-    count: Annotated[int, typer.Option(help="Held-out samples of every kind to score; 0 for none.")] = 100,
-    stop: Annotated[int, typer.Option(help="Write the model as it is after so many steps; 0 trains to the end.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model trains: cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes that draw samples; 0 draws between the steps.")] = 0,
+    minutes: Annotated[
+        float,
+        typer.Option(help="Save the state and stop after so long; 0 trains to the end. The same command goes on."),
+    ] = 0.0,
 ) -> None:
     """Train the built-in model, score it on held-out prompts and write it."""
+    began = time.monotonic()
     if threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     keep_freed_memory()
-    config, spec = TrainConfig(), published_spec("tiny")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of a worker
+    config, spec, place = TrainConfig(), published_spec("tiny"), torch.device(device)
     assert spec.prompt
     work.mkdir(parents=True, exist_ok=True)
     assets.mkdir(parents=True, exist_ok=True)
     save(build_tokenizer(vocabulary()), assets / "tokenizer.json")
     tokenizer = PromptTokenizer.from_file(assets / "tokenizer.json", spec.prompt)
-    encoder, decoder = _autoencoder(config, work / "autoencoder.pt", start)
+    encoder, decoder = _autoencoder(config, work / "autoencoder.pt", start, place, workers)
+    text_encoder = _text_encoder(config, work / "text_encoder.pt", start, tokenizer, place, workers)
 
-    text_encoder = _text_encoder(config, work / "text_encoder.pt", start, tokenizer)
-
-    trainer = FlowTrainer(spec, config.flow, config.seed, encoder.to(device), text_encoder, tokenizer)
+    trainer = FlowTrainer(spec, config.flow, config.seed, encoder.to(place), text_encoder, tokenizer)
     state_file = work / "flow.pt"
     if state_file.exists():
-        trainer.load_state(torch.load(state_file, weights_only=True, map_location=device))
+        trainer.load_state(torch.load(state_file, weights_only=True, map_location=place))
         _log(f"resuming at step {trainer.step}")
     elif start:
         trainer.start_from(_read_half_precision(start / "transformer.safetensors"))
     earlier = json.loads((start / "training.json").read_text(encoding="utf-8")) if start else None
     saved = time.monotonic()
 
-    def save_sometimes(current: FlowTrainer) -> None:
+    def goes_on(current: FlowTrainer) -> bool:
         nonlocal saved
-        if time.monotonic() - saved > SAVE_SECONDS or current.step in (stop, current.total_steps):
+        now = time.monotonic()
+        stops = 0 < minutes * 60 < now - began
+        if stops or now - saved > SAVE_SECONDS or current.step == config.flow.steps:
             _save_state(current.state(), state_file)
-            saved = time.monotonic()
+            saved = now
+        return not stops
 
-    trainer.run(_log, save_sometimes, stop or trainer.total_steps)
+    trainer.run(_log, workers, goes_on)
+    if trainer.step < config.flow.steps:
+        _log(f"stopped at step {trainer.step} of {config.flow.steps}; the same command goes on")
+        return
 
-    model = trainer.averaged_model().to("cpu")
-    encoder = encoder.to("cpu")
+    model = trainer.averaged_model()
+    scores = _scores(model.to(place), encoder.to(place), decoder.to(place), tokenizer, config.evaluation)
+    for module in (model, encoder, decoder):
+        module.to("cpu")
     _write_half_precision({**encoder.state_dict(), **decoder.state_dict()}, assets / "autoencoder.safetensors")
     _write_half_precision(dict(model.text_encoder.state_dict()), assets / "text_encoder.safetensors")
     _write_half_precision(
         {**model.conditioning.state_dict(), **model.transformer.state_dict()}, assets / "transformer.safetensors"
     )
-    evaluation = replace(config.evaluation, count=count)
-    generate = torch_generator(model, encoder, decoder, tokenizer, evaluation)
-    scores = held_out_scores(generate, evaluation)
-    _log(json.dumps(scores, indent=2))
     record = {
         "config": asdict(config),
-        "flow_steps": trainer.step,
-        "flow_steps_planned": trainer.total_steps,
         "flow_seconds": round(trainer.seconds),
-        "samples_of_every_kind": count,
+        "flow_devices": trainer.devices,
         "scores": scores,
         "started_from": earlier,
     }
     (assets / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _scores(
+    model: FlowModel, encoder: VaeEncoder, decoder: VaeDecoder, tokenizer: PromptTokenizer, config: EvaluationConfig
+) -> dict[str, dict[str, float]]:
+    """The held-out scores at every size of `config`, by size."""
+    scores = {}
+    for size in (config.size, *config.other_sizes):
+        count = config.count if size == config.size else config.other_count
+        here = replace(config, size=size, count=count)
+        name = f"{size[0]}x{size[1]}"
+        scores[name] = held_out_scores(torch_generator(model, encoder, decoder, tokenizer, here), here)
+        _log(f"{name}: {json.dumps(scores[name])}")
+    return scores
 
 
 if __name__ == "__main__":

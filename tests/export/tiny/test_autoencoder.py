@@ -12,8 +12,8 @@ SPEC = published_spec("tiny").autoencoder
 
 def test_training_learns_and_leaves_normalised_latents_and_the_posterior_of_the_noise():
     phases = (AutoencoderPhase(steps=120, side=32, batch=4), AutoencoderPhase(steps=1, side=64, batch=1))
-    config = AutoencoderConfig(phases=phases, statistics_pictures=64)
-    encoder, decoder = train_autoencoder(SPEC, config, 0, lambda line: None)
+    config = AutoencoderConfig(phases=phases, statistics_pictures=64, statistics_side=64)
+    encoder, decoder = train_autoencoder(SPEC, config, 0, lambda line: None, torch.device("cpu"))
 
     scenes = pictures(np.random.default_rng(7), 48, 64, collages=0.0)
     with torch.no_grad():

@@ -8,12 +8,13 @@ import torch
 
 from export.modules.autoencoder import VaeEncoder
 from export.modules.text_encoder import TextEncoder
-from export.tiny.config import FlowConfig, FlowPhase
+from export.tiny.batches import TOKEN_COLORS, TOKEN_SHAPES, FlowSteps, draw_samples, encode, token_labels
+from export.tiny.config import FlowConfig
 from export.tiny.dataset import Sample, sample, vocabulary
 from export.tiny.flow import FlowTrainer
-from export.tiny.pool import TOKEN_COLORS, TOKEN_SHAPES, Pool, encode_samples, token_labels
 from export.tiny.scenes import COLORS, Scene, Thing, render
 from export.tiny.tokenizer import build_tokenizer, save
+from flux2_trt.latents import position_ids, rotary_tables
 from flux2_trt.models import published_spec
 from flux2_trt.text import PromptTokenizer
 
@@ -34,12 +35,18 @@ def encoder():
     return VaeEncoder(TINY.autoencoder).eval()
 
 
-def test_labels_name_the_shape_and_the_colour_that_a_token_shows():
+def batch_of(samples, size, encoder, tokenizer):
+    sizes = [size] * len(samples[0].references)
+    return encode(draw_samples(samples, size, sizes, TINY, tokenizer), encoder)
+
+
+def test_labels_name_the_shape_and_the_colour_that_a_token_shows(tokenizer):
     scene = Scene("gray", (Thing("square", "red", 0.2, 0.26, 0.5), Thing("star", "blue", 0.12, 0.74, 0.5)))
     side = 16
     pixels = render(scene, 256, 256).reshape(16, side, 16, side, 3).swapaxes(1, 2).reshape(256, -1, 3)
     shown = torch.from_numpy((pixels != COLORS["gray"]).any(axis=(1, 2)).reshape(1, 16, 16))
-    shape, color = token_labels([scene], shown)
+    drawing = draw_samples([Sample("text", "", (), scene, frozenset())], (256, 256), (), TINY, tokenizer)
+    shape, color = token_labels(drawing, shown)
     plain = 0
     for token, patch in enumerate(pixels):
         if (patch == patch[0]).all():
@@ -55,7 +62,7 @@ def test_labels_name_the_shape_and_the_colour_that_a_token_shows():
 def test_coverage_is_the_share_of_each_cell_that_is_not_background(tokenizer, encoder):
     rng = np.random.default_rng(6)
     each = sample(rng, kind="edit")
-    batch = encode_samples([each], SIZE, encoder, tokenizer)
+    batch = batch_of([each], SIZE, encoder, tokenizer)
     differs = (render(each.target, *SIZE) != COLORS[each.target.background]).any(axis=2)
     for token in range(64):
         y, x = divmod(token, 8)
@@ -69,11 +76,11 @@ def test_what_an_edit_changes_is_new_and_the_rest_is_not(tokenizer, encoder):
     source = Scene("white", (circle, square))
     target = Scene("white", (circle, replace(square, color="green")))
     edit = Sample("edit", "make the square green", (source,), target, frozenset())
-    batch = encode_samples([edit], (256, 256), encoder, tokenizer)
+    batch = batch_of([edit], (256, 256), encoder, tokenizer)
     new = batch.new.reshape(16, 16)
     assert new[8, 11]
     assert not new[:, :9].any()
-    text = encode_samples([replace(edit, kind="text", references=())], (256, 256), encoder, tokenizer)
+    text = batch_of([replace(edit, kind="text", references=())], (256, 256), encoder, tokenizer)
     assert not text.new.any()
 
 
@@ -81,50 +88,16 @@ def test_the_loss_of_a_new_model_is_the_weighted_power_of_noise_minus_picture(to
     config = FlowConfig()
     trainer = FlowTrainer(TINY, config, 0, encoder, TextEncoder(TINY.text_encoder), tokenizer)
     rng = np.random.default_rng(2)
-    batch = encode_samples([sample(rng, kind="edit") for _ in range(3)], SIZE, encoder, tokenizer)
+    batch = batch_of([sample(rng, kind="edit") for _ in range(3)], SIZE, encoder, tokenizer)
     assert batch.references.shape == batch.target.shape
-    tables = trainer._tables(batch, SIZE, torch.arange(64))
     torch.manual_seed(5)
-    error, surprise = trainer.model.loss(batch, tables, config)
-    torch.manual_seed(5)
-    torch.rand(3)
-    power = (torch.randn(batch.target.shape) - batch.target).square().mean(dim=-1)
+    uniform, noise = torch.rand(3), torch.randn(batch.target.shape)
+    error, surprise = trainer.model.loss(batch, uniform, noise, config)
+    power = (noise - batch.target).square().mean(dim=-1)
     weight = torch.where(batch.drawn, config.drawn_weight, 1.0)
     weight[batch.drawn & batch.new] = config.new_weight
     assert error.item() == pytest.approx(((power * weight).sum() / weight.sum()).item(), rel=1e-5)
     assert surprise.item() > 2.0
-
-
-def test_a_step_can_look_at_some_tokens_the_same_ones_of_target_and_references(tokenizer, encoder):
-    trainer = small_trainer(tokenizer, encoder, FlowConfig())
-    rng = np.random.default_rng(4)
-    batch = encode_samples([sample(rng, kind="combine") for _ in range(2)], SIZE, encoder, tokenizer)
-    places = trainer._places(64, 10)
-    assert len(places) == 10
-    assert (places.diff() > 0).all()
-    some, length = batch.at(places), batch.input_ids.shape[1]
-    pictures = torch.cat((batch.target, batch.references), dim=1).unflatten(1, (3, 64))
-    seen = torch.cat((some.target, some.references), dim=1).unflatten(1, (3, 10))
-    assert torch.equal(seen, pictures[:, :, places])
-    assert torch.equal(some.shape, batch.shape[:, places])
-    assert torch.equal(some.coverage, batch.coverage[:, places])
-    for all_rows, rows in zip(
-        trainer._tables(batch, SIZE, torch.arange(64)), trainer._tables(batch, SIZE, places), strict=True
-    ):
-        assert torch.equal(rows[:length], all_rows[:length])
-        assert torch.equal(rows[length:].unflatten(0, (3, 10)), all_rows[length:].unflatten(0, (3, 64))[:, places])
-
-
-def test_a_pool_uses_its_start_once_and_then_mostly_what_it_has(tokenizer, encoder):
-    pool, rng = Pool("text", SIZE, 12, 4, encoder, tokenizer), np.random.default_rng(5)
-    seen = [pool.batch(rng, 3, fresh_share=0.0).input_ids for _ in range(3)]
-    assert pool.filled == 6
-    assert len(torch.cat(seen[:2]).unique(dim=0)) == 6
-    assert all(any(torch.equal(row, old) for old in torch.cat(seen[:2])) for row in seen[2])
-    for _ in range(5):
-        pool.batch(rng, 3, fresh_share=1.0)
-    assert pool.filled == 12
-    assert pool.cursor == 9
 
 
 def small_trainer(tokenizer, encoder, config):
@@ -137,11 +110,10 @@ def test_a_few_samples_can_be_learned_by_heart(tokenizer, encoder):
     config = FlowConfig()
     trainer = small_trainer(tokenizer, encoder, config)
     rng = np.random.default_rng(3)
-    batch = encode_samples([sample(rng, kind="text") for _ in range(4)], SIZE, encoder, tokenizer)
-    tables = trainer._tables(batch, SIZE, torch.arange(64))
+    batch = batch_of([sample(rng, kind="text") for _ in range(4)], SIZE, encoder, tokenizer)
     errors, surprises = [], []
     for _ in range(80):
-        error, surprise = trainer.model.loss(batch, tables, config)
+        error, surprise = trainer.model.loss(batch, torch.rand(4), torch.randn(batch.target.shape), config)
         (error + surprise).backward()
         trainer.optimizer.step(1.0)
         errors.append(error.item())
@@ -150,21 +122,59 @@ def test_a_few_samples_can_be_learned_by_heart(tokenizer, encoder):
     assert np.mean(surprises[-10:]) < 0.5 * np.mean(surprises[:5])
 
 
-def test_training_resumes_from_its_state_and_starts_from_an_earlier_model(tokenizer, encoder):
-    phase = FlowPhase(steps=6, sizes=(SIZE,), batch={"text": 2, "combine": 1}, tokens=40, padded=0.5)
-    config = FlowConfig(phases=(phase,), pool_size=4)
-    trainer = small_trainer(tokenizer, encoder, config)
-    trainer.run(lambda message: None, lambda current: None, last=2)
+def test_references_of_another_size_have_tokens_and_positions_of_their_own(tokenizer, encoder):
+    edits = [sample(np.random.default_rng(8), kind="edit") for _ in range(2)]
+    batch = encode(draw_samples(edits, (192, 128), [(128, 160)], TINY, tokenizer, empty=[False, True]), encoder)
+    assert batch.target.shape == (2, 12 * 8, 32)
+    assert batch.references.shape == (2, 8 * 10, 32)
+    length = batch.input_ids.shape[1]
+    ids = position_ids(length, 8, 12, [(10, 8)])
+    tables = rotary_tables(ids, TINY.transformer.axes_dim, TINY.transformer.theta)
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(batch.tables, tables, strict=True))
+    shown = torch.from_numpy(render(edits[0].references[0], 128, 160))[None]
+    assert torch.equal(batch.references[:1], encoder(shown).flatten(1, 2))
+    assert np.array_equal(batch.input_ids.numpy(), tokenizer([edits[0].prompt, ""]).input_ids)
 
+
+def test_what_a_step_is_shown_depends_on_seed_and_step_alone_and_fits_its_size(tokenizer):
+    config = FlowConfig(batch={"text": 2, "edit": 8}, default_share=0.5, default_reference_share=0.5)
+    sizes = set()
+    for step in range(12):
+        drawings, again, other = (FlowSteps(config, seed, TINY, tokenizer)[step] for seed in (0, 0, 1))
+        for kind, count in config.batch.items():
+            drawing = drawings[kind]
+            pairs = zip(drawing.tensors(), again[kind].tensors(), strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+            assert not torch.equal(drawing.input_ids[0], other[kind].input_ids[0]) or drawing.pictures.shape[0] == 1
+            samples, _, height, width, _ = drawing.pictures.shape
+            assert (width, height) in {config.size, *config.other_sizes}
+            assert samples == max(1, round(count * 256 * 256 / (width * height)))
+            sizes.add((width, height))
+            for reference in drawing.references:
+                assert reference.shape[1:3] in {(height, width), (256, 256)}
+    assert config.size in sizes
+    assert len(sizes) > 4
+
+
+def test_training_that_was_stopped_ends_where_one_without_a_stop_does(tokenizer, encoder):
+    config = FlowConfig(steps=3, batch={"text": 2, "combine": 1}, other_sizes=(SIZE,), size=SIZE)
+
+    def trained(stop: int) -> FlowTrainer:
+        trainer = small_trainer(tokenizer, encoder, config)
+        trainer.run(lambda message: None, goes_on=lambda current: current.step < stop)
+        return trainer
+
+    whole, stopped = trained(3), trained(2)
+    assert (whole.step, stopped.step) == (3, 2)
     resumed = small_trainer(tokenizer, encoder, config)
-    resumed.load_state(trainer.state())
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value)
-    saved: list[int] = []
-    resumed.run(lambda message: None, lambda current: saved.append(current.step), last=4)
-    assert saved == [3, 4]
+    resumed.load_state(stopped.state())
+    resumed.run(lambda message: None)
+    assert resumed.step == 3
+    assert resumed.devices == ["cpu"]
+    for name, value in whole.averaged_model().state_dict().items():
+        assert torch.allclose(resumed.average[name], value, atol=1e-6), name
 
-    model = trainer.averaged_model()
+    model = whole.averaged_model()
     started = small_trainer(tokenizer, encoder, config)
     started.start_from({**model.conditioning.state_dict(), **model.transformer.state_dict()})
     assert started.step == 0

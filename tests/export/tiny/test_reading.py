@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from export.tiny.config import TextConfig
 from export.tiny.dataset import Sample, sample, vocabulary
@@ -101,7 +102,8 @@ def test_a_text_encoder_learns_to_read(tmp_path):
     save(build_tokenizer(vocabulary()), file)
     messages: list[str] = []
     config = TextConfig(steps=40, batch=32, warmup_steps=5, held_out=20)
-    train_text_encoder(spec.text_encoder, config, 0, PromptTokenizer.from_file(file, spec.prompt), messages.append)
+    tokenizer = PromptTokenizer.from_file(file, spec.prompt)
+    train_text_encoder(spec.text_encoder, config, 0, tokenizer, messages.append, torch.device("cpu"))
     assert "of held-out prompts right" in messages[-1]
     untrained = sum(np.log(1 + len(values)) for values in FACTS.values())
     assert float(messages[-2].split()[-1]) < 0.6 * untrained
