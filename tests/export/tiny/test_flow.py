@@ -35,9 +35,9 @@ def encoder():
     return VaeEncoder(TINY.autoencoder).eval()
 
 
-def batch_of(samples, size, encoder, tokenizer):
+def batch_of(samples, size, encoder, tokenizer, spec=TINY):
     sizes = [size] * len(samples[0].references)
-    return encode(draw_samples(samples, size, sizes, TINY, tokenizer), encoder)
+    return encode(draw_samples(samples, size, sizes, spec, tokenizer), encoder)
 
 
 def test_labels_name_the_shape_and_the_colour_that_a_token_shows(tokenizer):
@@ -103,6 +103,7 @@ def test_the_loss_of_a_new_model_is_the_weighted_power_of_noise_minus_picture(to
 def small_trainer(tokenizer, encoder, config):
     transformer = replace(TINY.transformer, num_heads=2, head_dim=16, axes_dim=(4, 4, 4, 4))
     spec = replace(TINY, transformer=transformer)
+    torch.manual_seed(1)
     return FlowTrainer(spec, config, 0, encoder, TextEncoder(spec.text_encoder), tokenizer)
 
 
@@ -110,7 +111,7 @@ def test_a_few_samples_can_be_learned_by_heart(tokenizer, encoder):
     config = FlowConfig()
     trainer = small_trainer(tokenizer, encoder, config)
     rng = np.random.default_rng(3)
-    batch = batch_of([sample(rng, kind="text") for _ in range(4)], SIZE, encoder, tokenizer)
+    batch = batch_of([sample(rng, kind="text") for _ in range(4)], SIZE, encoder, tokenizer, trainer.spec)
     errors, surprises = [], []
     for _ in range(80):
         error, surprise = trainer.model.loss(batch, torch.rand(4), torch.randn(batch.target.shape), config)
@@ -123,7 +124,8 @@ def test_a_few_samples_can_be_learned_by_heart(tokenizer, encoder):
 
 
 def test_references_of_another_size_have_tokens_and_positions_of_their_own(tokenizer, encoder):
-    edits = [sample(np.random.default_rng(8), kind="edit") for _ in range(2)]
+    rng = np.random.default_rng(8)
+    edits = [sample(rng, kind="edit") for _ in range(2)]
     batch = encode(draw_samples(edits, (192, 128), [(128, 160)], TINY, tokenizer, empty=[False, True]), encoder)
     assert batch.target.shape == (2, 12 * 8, 32)
     assert batch.references.shape == (2, 8 * 10, 32)
@@ -132,7 +134,11 @@ def test_references_of_another_size_have_tokens_and_positions_of_their_own(token
     tables = rotary_tables(ids, TINY.transformer.axes_dim, TINY.transformer.theta)
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(batch.tables, tables, strict=True))
     shown = torch.from_numpy(render(edits[0].references[0], 128, 160))[None]
-    assert torch.equal(batch.references[:1], encoder(shown).flatten(1, 2))
+    with torch.no_grad():
+        expected = encoder(shown).flatten(1, 2)
+    assert torch.allclose(
+        batch.references[:1], expected, atol=0.01
+    )  # convolutions of two pictures differ from those of one
     assert np.array_equal(batch.input_ids.numpy(), tokenizer([edits[0].prompt, ""]).input_ids)
 
 
