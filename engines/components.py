@@ -21,6 +21,7 @@ from engines.tensorrt import OnPhase, compile_plan, load_compiler
 from engines.timing_cache import TimingCache
 from export.conversion import Scales
 from export.graph import Graph
+from export.instance_norm import spell_group_norms
 from export.parts import assemble
 from export.quantize import quantize
 from export.recipes import Recipe
@@ -127,7 +128,7 @@ class Compiler:
         """The graph for ONNX Runtime, loaded once to see that it does."""
         graph, weights = piece.graph, draft.weights_path(piece.graph.component)
         plan = draft.plan_path(piece.name, ".onnx")
-        model = simulate_nvfp4(place_external(graph, read_spans(weights), weights.name))
+        model = spell_group_norms(simulate_nvfp4(place_external(graph, read_spans(weights), weights.name)))
         plan.write_bytes(model.SerializeToString(deterministic=True))
         OnnxRuntimeEngine(plan, weights)
         return draft.record(plan), {"operators": dict(Counter(node.op_type for node in graph.model.graph.node))}
