@@ -24,7 +24,6 @@ from flux2_trt.shards import open_tensor_files
 from flux2_trt.spec import ModelSpec
 
 CALIBRATION = "calibration.json"
-TINY = Path(models.__file__).parent / "assets" / "tiny"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def resolve_source(model: str, checkpoint: str | None) -> ModelSource:
     """
     if checkpoint and checkpoint.startswith("random:"):
         spec = models.published_spec(model) if model in models.FAMILY else _spec_of(Path(model))
-        tokenizer = TINY / TOKENIZER if spec.name == "tiny" else None
+        tokenizer = models.TINY_ASSETS / TOKENIZER if spec.name == "tiny" else None
         return ModelSource(spec, tokenizer=tokenizer, seed=_seed(checkpoint))
     if model not in models.FAMILY:
         if checkpoint:
@@ -101,8 +100,8 @@ def resolve_source(model: str, checkpoint: str | None) -> ModelSource:
     if checkpoint:
         return _from_path(Path(checkpoint), spec)
     if spec.name == "tiny":
-        paths: dict[Family, Path] = {family: TINY / f"{family}.safetensors" for family in FAMILIES}
-        return ModelSource(spec, paths, TINY / TOKENIZER, calibration=TINY / CALIBRATION)
+        paths: dict[Family, Path] = {family: models.TINY_ASSETS / f"{family}.safetensors" for family in FAMILIES}
+        return ModelSource(spec, paths, models.TINY_ASSETS / TOKENIZER, calibration=models.TINY_ASSETS / CALIBRATION)
     return _downloaded(spec, {})
 
 

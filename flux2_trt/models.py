@@ -23,6 +23,8 @@ from flux2_trt.spec import (
 )
 
 NON_COMMERCIAL = "FLUX Non-Commercial License"
+TINY_ASSETS = Path(__file__).parent / "assets" / "tiny"
+"""The built-in model's weights, tokenizer and calibration."""
 
 
 def _qwen3(hidden_size: int, intermediate_size: int) -> TextEncoderSpec:

@@ -6,13 +6,14 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux2_trt.console import Console
 from flux2_trt.credentials import Ingredient
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
-from flux2_trt.manifest import SYNTHETIC
+from flux2_trt.manifest import SYNTHETIC, Manifest
 from flux2_trt.options import DEFAULT_MODEL, RunOptions
 from flux2_trt.outputs import format_of, reserved_names, write_file
 from flux2_trt.spec import ModelSpec
@@ -187,7 +188,10 @@ class Runner:
                 known = ", ".join(FAMILY)
                 raise UsageError(f"unknown model {model!r}; built are {there}; published are {known}") from None
             raise
-        return folder, read_manifest(folder).model
+        manifest = read_manifest(folder)
+        if model == TINY and manifest.target == CPU and _is_outdated(manifest) and not _missing_to_build():
+            return None, published_spec(TINY)
+        return folder, manifest.model
 
     def _load(self, folder: Path | None, options: RunOptions) -> Flux2Pipeline:
         backend = options.backend
@@ -205,10 +209,7 @@ class Runner:
         return self._pipeline
 
     def _build_tiny(self) -> Path:
-        from importlib.util import find_spec
-
-        missing = [package for package in BUILD_PACKAGES if find_spec(package) is None]
-        if missing:
+        if missing := _missing_to_build():
             raise BundleError(
                 f"no bundle of {TINY} is there, and building one needs {', '.join(missing)}; install what is missing, "
                 f"then: flux2-trt build {TINY} --target cpu"
@@ -366,6 +367,24 @@ class Runner:
             upsampled_by=wording.upsampled.by,
             refused=[Refused(index + 1, reason) for index, reason in enumerate(output.refused) if reason],
         )
+
+
+def _missing_to_build() -> list[str]:
+    from importlib.util import find_spec
+
+    return [package for package in BUILD_PACKAGES if find_spec(package) is None]
+
+
+def _is_outdated(manifest: Manifest) -> bool:
+    """Whether the package came with other weights of tiny after the bundle was built."""
+    from flux2_trt.bundle import file_sha256
+    from flux2_trt.models import TINY_ASSETS
+
+    known = manifest.source.get("weights_sha256", {}).get("transformer", {})
+    weights = TINY_ASSETS / "transformer.safetensors"
+    if not known or weights.stat().st_mtime < datetime.fromisoformat(manifest.created).timestamp():
+        return False
+    return file_sha256(weights) not in known.values()
 
 
 def build_bundle(console: Console, **request: Any) -> dict[str, Any]:

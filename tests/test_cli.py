@@ -1,5 +1,6 @@
 """The command line: exit codes, which stream gets what, no file half-made. Pipeline and builder are stand-ins."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from flux2_trt.store import Store
 COMMAND = [sys.executable, "-m", "flux2_trt.cli"]
 
 
-def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu") -> Path:
+def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu", weights_sha256: str = "") -> Path:
     key = content_key({"model": model, "recipe": recipe, "target": target})
     with Store().publish(key, model=published_spec(model), recipe=recipe, target=target) as draft:
         if not draft.done:
@@ -44,7 +45,8 @@ def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu") -> P
                     layers={},
                 )
                 records.append(record)
-            draft.finish(records, [], source={})
+            source = {"weights_sha256": {"transformer": {"transformer.safetensors": weights_sha256}}}
+            draft.finish(records, [], source=source if weights_sha256 else {})
     return draft.bundle.path
 
 
@@ -555,6 +557,27 @@ def test_with_nothing_built_tiny_is_built_and_used(bench):
     assert (result.exit_code, result.stdout) == (0, "flux2-0001.png\n")
     assert [(build["model"], build["target"]) for build in bench.builds] == [("tiny", "cpu")]
     assert "building tiny" in result.stderr and "coloured shapes" in result.stderr
+
+
+def test_tiny_is_built_again_after_an_update_came_with_other_weights(bench, monkeypatch, tmp_path):
+    old = publish(weights_sha256="0" * 64)
+    monkeypatch.setattr("flux2_trt.models.TINY_ASSETS", tmp_path)
+    weights = tmp_path / "transformer.safetensors"
+    weights.write_bytes(b"newer")
+    os.utime(weights, (1e9, 1e9))  # older than the bundle: not even read
+    assert flux2("run", "a cube").exit_code == 0 and not bench.builds
+    os.utime(weights, (4e9, 4e9))
+    assert flux2("run", "a cube", "--bundle", str(old)).exit_code == 0 and not bench.builds
+    result = flux2("run", "a cube")
+    assert result.exit_code == 0 and len(bench.builds) == 1 and "building tiny" in result.stderr
+
+
+def test_a_bundle_of_tiny_with_the_weights_of_the_package_is_used(bench, monkeypatch, tmp_path):
+    (tmp_path / "transformer.safetensors").write_bytes(b"newer")
+    folder = publish(weights_sha256=hashlib.sha256(b"newer").hexdigest())
+    monkeypatch.setattr("flux2_trt.models.TINY_ASSETS", tmp_path)
+    os.utime(tmp_path / "transformer.safetensors", (4e9, 4e9))
+    assert flux2("run", "a cube").exit_code == 0 and not bench.builds and bench.loads == [folder]
 
 
 def test_without_the_packages_to_build_tiny_the_exit_code_is_3(bench, monkeypatch):

@@ -30,10 +30,9 @@ from export.tiny.evaluate import held_out_scores, torch_generator
 from export.tiny.flow import FlowModel, FlowTrainer
 from export.tiny.reading import train_text_encoder
 from export.tiny.tokenizer import build_tokenizer, save
-from flux2_trt.models import published_spec
+from flux2_trt.models import TINY_ASSETS, published_spec
 from flux2_trt.text import PromptTokenizer
 
-ASSETS = Path(__file__).parents[2] / "flux2_trt" / "assets" / "tiny"
 SAVE_SECONDS = 300.0
 
 
@@ -107,7 +106,7 @@ def _read_half_precision(path: Path) -> dict[str, torch.Tensor]:
 
 def main(
     work: Annotated[Path, typer.Option(help="Folder for the state of the training.")] = Path("local/tiny"),
-    assets: Annotated[Path, typer.Option(help="Where the finished model goes.")] = ASSETS,
+    assets: Annotated[Path, typer.Option(help="Where the finished model goes.")] = TINY_ASSETS,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's default.")] = 0,
     start: Annotated[
         Path | None,
