@@ -21,7 +21,7 @@ from engines.tensorrt import OnPhase, compile_plan, load_compiler
 from engines.timing_cache import TimingCache
 from export.conversion import Scales
 from export.graph import Graph
-from export.instance_norm import spell_group_norms
+from export.host import for_onnx_runtime
 from export.parts import assemble
 from export.quantize import quantize
 from export.recipes import Recipe
@@ -128,10 +128,11 @@ class Compiler:
         """The graph for ONNX Runtime, loaded once to see that it does."""
         graph, weights = piece.graph, draft.weights_path(piece.graph.component)
         plan = draft.plan_path(piece.name, ".onnx")
-        model = spell_group_norms(simulate_nvfp4(place_external(graph, read_spans(weights), weights.name)))
+        placed = simulate_nvfp4(place_external(graph, read_spans(weights), weights.name))
+        model = for_onnx_runtime(placed, draft.model.transformer.num_heads)
         plan.write_bytes(model.SerializeToString(deterministic=True))
         OnnxRuntimeEngine(plan, weights)
-        return draft.record(plan), {"operators": dict(Counter(node.op_type for node in graph.model.graph.node))}
+        return draft.record(plan), {"operators": dict(Counter(node.op_type for node in model.graph.node))}
 
     def _tensorrt(self, draft: Draft, piece: Piece) -> tuple[FileRecord, dict[str, Any]]:
         with ExitStack() as stack:

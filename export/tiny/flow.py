@@ -95,9 +95,8 @@ class Part:
     def __init__(self, trainer: FlowTrainer, drawing: Drawing, share: float) -> None:
         self.trainer, self.share = trainer, share
         self.drawing = drawing.to(trainer.device)
-        count, tokens = len(drawing.pictures), drawing.pictures[0, 0, :, :, 0].numel()
-        autoencoder = trainer.spec.autoencoder
-        tokens //= autoencoder.pixels_per_token**2
+        count, _, height, width, _ = drawing.pictures.shape
+        tokens = height * width // trainer.spec.autoencoder.pixels_per_token**2
         self.uniform = torch.empty(count, device=trainer.device)
         self.noise = torch.empty(count, tokens, trainer.spec.transformer.in_channels, device=trainer.device)
         self.losses = torch.empty(2, device=trainer.device)
@@ -130,7 +129,7 @@ class Part:
 class CapturedPart(Part):
     """The same as a CUDA graph: a step is thousands of small kernels, which cost a host more than the GPU."""
 
-    pool: Any = None
+    pool: Any = None  # torch has no public name for its type
     """Memory that all graphs share, of which none is in use between two of them."""
 
     def __init__(self, trainer: FlowTrainer, drawing: Drawing, share: float) -> None:
@@ -191,7 +190,8 @@ class FlowTrainer:
         """Train to the end, or until `goes_on`, which is asked after every step, says no."""
         steps = loader(self.drawings, self.step, self.config.steps, workers, pin=self.device.type == "cuda")
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        self.devices = list(dict.fromkeys((*self.devices, name))) if self.step < self.config.steps else self.devices
+        if self.step < self.config.steps and name not in self.devices:
+            self.devices.append(name)
         started, before = time.monotonic(), self.seconds
         for drawings in steps:
             losses = self.train_step(drawings)
@@ -204,10 +204,10 @@ class FlowTrainer:
 
     def train_step(self, drawings: dict[Kind, Drawing]) -> dict[str, Tensor]:
         """One update from a drawing of every kind; returns its losses."""
-        torch.manual_seed(self.seed + (self.step << 32))
         losses: dict[str, Tensor] = {}
         config = self.config
         parts = {kind: self._part(kind, drawing) for kind, drawing in drawings.items()}
+        torch.manual_seed(self.seed + (self.step << 32))
         for kind, part in parts.items():
             error, surprise = part.run(drawings[kind])
             losses[kind], losses[f"{kind} layout"] = error, surprise
