@@ -81,7 +81,7 @@ def folder_samples(folder: Path, spec: ModelSpec, count: int) -> list[Calibratio
     area, multiple = reference_max_area(1, cap=spec.sampling.max_reference_area), spec.autoencoder.pixels_per_token
     chosen: list[CalibrationSample] = []
     for picture, prompt in pairs[:count]:
-        pixels: Pixels = prepare_reference(load_reference(picture), area, multiple)
+        pixels: Pixels = prepare_reference(load_reference(picture), area, multiple, spec.sampling.max_reference_side)
         references = (chosen[-1].picture,) if len(chosen) % 2 else ()
         chosen.append(CalibrationSample(prompt.read_text(encoding="utf-8").strip(), pixels, references))
     return chosen

@@ -140,15 +140,17 @@ def reference_max_area(
     return area if cap is None else min(area, cap)
 
 
-def prepare_reference(image: Image.Image, max_area: int, multiple: int = 16) -> NDArray[np.uint8]:
+def prepare_reference(
+    image: Image.Image, max_area: int, multiple: int = 16, max_side: int | None = None
+) -> NDArray[np.uint8]:
     """A loaded RGB reference as the autoencoder takes it, u8 [H, W, 3] with sides that are multiples of `multiple`.
 
-    Shrunk with LANCZOS where it has more than `max_area` pixels, then cropped around its centre; never enlarged
-    (diffusers `Flux2ImageProcessor`). Raises ImageError where nothing is left.
+    Shrunk with LANCZOS where it has more than `max_area` pixels or a side longer than `max_side`, then cropped around
+    its centre; never enlarged (diffusers `Flux2ImageProcessor`). Raises ImageError where nothing is left.
     """
     width, height = image.size
-    if width * height > max_area:
-        scale = math.sqrt(max_area / (width * height))
+    scale = min(math.sqrt(max_area / (width * height)), (max_side or math.inf) / max(width, height))
+    if scale < 1:
         width, height = int(width * scale), int(height * scale)
     if min(width, height) < multiple:
         raise ImageError(

@@ -355,11 +355,11 @@ class Flux2Pipeline:
 
     def _prepared(self, group: list[Reference]) -> list[NDArray[np.uint8]]:
         area = reference_max_area(len(group), cap=self.spec.sampling.max_reference_area)
-        multiple = self.spec.autoencoder.pixels_per_token
+        multiple, side = self.spec.autoencoder.pixels_per_token, self.spec.sampling.max_reference_side
         loaded = [load_reference(item) for item in group]
         if self.content_checks is not None:
             self.content_checks.require_references(loaded)
-        return [prepare_reference(picture, area, multiple) for picture in loaded]
+        return [prepare_reference(picture, area, multiple, side) for picture in loaded]
 
     def _size(
         self,

@@ -461,7 +461,8 @@ def _checked(options: RunOptions, spec: ModelSpec, references: list[Image.Image]
                 f"match-image {options.match_image} is not there; {len(references)} reference(s) were given"
             )
         area = reference_max_area(len(references), cap=sampling.max_reference_area)
-        height, width, _ = prepare_reference(references[options.match_image - 1], area, multiple).shape
+        asked = references[options.match_image - 1]
+        height, width, _ = prepare_reference(asked, area, multiple, sampling.max_reference_side).shape
         options = replace(options, width=width, height=height)
     check_size(options.width or sampling.width, options.height or sampling.height, sampling, multiple)
     if options.steps is not None and options.sigmas is not None:

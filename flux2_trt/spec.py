@@ -119,7 +119,7 @@ class SamplingSpec:
     """Published sampling defaults and limits, in pixels.
 
     `fixed_guidance`: the distilled model takes no other value. `max_reference_area`: a limit of the model's own below
-    those of the reference implementation.
+    those of the reference implementation; where there is one, a reference has no side longer than `max_side` either.
     """
 
     guidance_kind: GuidanceKind
@@ -131,6 +131,11 @@ class SamplingSpec:
     min_side: int = 64
     max_side: int = 4096
     max_reference_area: int | None = None
+
+    @property
+    def max_reference_side(self) -> int | None:
+        """Of a reference, in pixels; None where only its area is limited."""
+        return self.max_side if self.max_reference_area else None
 
 
 @dataclass(frozen=True)

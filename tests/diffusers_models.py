@@ -21,7 +21,7 @@ from transformers import (
 
 from export.graph import Graph
 from export.recipes import Dtype
-from export.trace import trace
+from export.trace import trace, trace_parts
 from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.models import QWEN3_PROMPT, published_spec
 from flux2_trt.naming import Family
@@ -177,6 +177,7 @@ def small_spec() -> ModelSpec:
 
 
 _traced: dict[tuple[Any, ...], Graph] = {}
+_parts: dict[tuple[Any, ...], dict[str, Graph]] = {}
 
 
 def traced_once(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph:
@@ -198,6 +199,14 @@ def traced_once(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") ->
     if (component, sizes, dtype) not in _traced:
         _traced[component, sizes, dtype] = trace(component, spec, dtype)
     return _traced[component, sizes, dtype]
+
+
+def parts_traced_once(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> dict[str, Graph]:
+    """`trace_parts`, as `traced_once`."""
+    key = (component, spec, dtype)
+    if key not in _parts:
+        _parts[key] = trace_parts(component, spec, dtype)
+    return _parts[key]
 
 
 def relative_error(ours: torch.Tensor | np.ndarray, theirs: torch.Tensor | np.ndarray) -> float:

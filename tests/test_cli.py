@@ -356,7 +356,7 @@ def test_match_image_takes_the_size_of_that_reference_as_the_model_sees_it(bench
     images = ["--image", str(small), "--image", str(large)]
     assert flux2("run", "a cube", *images, "--match-image", "1", "-o", "1.png").exit_code == 0
     assert flux2("run", "a cube", *images, "--match-image", "2", "-o", "2.png").exit_code == 0
-    assert [(call["width"], call["height"]) for call in bench.calls] == [(256, 144), (352, 176)]
+    assert [(call["width"], call["height"]) for call in bench.calls] == [(256, 144), (512, 256)]
     result = flux2("run", "a cube", *images, "--match-image", "3")
     assert result.exit_code == 2 and "2 reference(s)" in result.stderr
     assert flux2("run", "a cube", *images, "--match-image", "1", "--width", "256").exit_code == 2

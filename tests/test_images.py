@@ -376,6 +376,12 @@ def test_a_reference_that_shrinks_to_nothing_is_refused() -> None:
         prepare_reference(photo(512, 64), 1024)
 
 
+def test_a_model_may_limit_the_sides_of_a_reference_too():
+    assert prepare_reference(photo(1024, 512), 512**2, max_side=512).shape == (256, 512, 3)
+    assert prepare_reference(photo(600, 500), 512**2, max_side=512).shape == (416, 512, 3)
+    assert prepare_reference(photo(480, 320), 512**2, max_side=512).shape == (320, 480, 3)
+
+
 def test_the_area_rule_is_the_reference_implementations() -> None:
     assert reference_max_area(1) == 2024**2
     assert reference_max_area(2) == reference_max_area(10) == 1024**2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ from diffusers_models import (
     small_language_model,
     small_tokenizer,
     small_transformer,
-    traced_once,
 )
 from numpy.typing import NDArray
 from PIL import Image
 
-import engines.components
 from engines.build import BuildRequest, build
 from flux2_trt.console import Console
 from flux2_trt.embeds import encoder_identity, read_embeds
@@ -71,16 +68,8 @@ def _pair(theirs: Any, folder: Path) -> Pair:
     return Pair(theirs, OurPipeline.from_bundle(report.bundle), tuple(part.name for part in report.components))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def graphs_are_shared() -> Iterator[None]:
-    """What the three models have in common is traced once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.components, "trace", traced_once)
-        yield
-
-
 @pytest.fixture(scope="module")
-def dev(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     theirs = Flux2Pipeline(
         flow_scheduler(), small_autoencoder(1), None, None, small_transformer(2, guidance_embeds=True)
     )
@@ -88,7 +77,7 @@ def dev(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def klein(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     theirs = Flux2KleinPipeline(
         flow_scheduler(), small_autoencoder(3), None, None, small_transformer(4), is_distilled=True
     )
@@ -96,7 +85,7 @@ def klein(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def base(graphs_are_shared: None, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Klein base, with a text encoder: classifier-free guidance needs the embeds of the empty prompt."""
     theirs = Flux2KleinPipeline(
         flow_scheduler(),

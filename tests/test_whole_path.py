@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers_models import traced_once
 from fake_endpoint import Handler, answering, bytes_of, completion, json_of
 from language_models import save_classifier, save_seer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-import engines.components
 from engines.build import BuildRequest, build
 from flux2_trt.cli import app
 from flux2_trt.console import Console
@@ -44,7 +42,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLUX2_TRT_HOME", str(home))
-        patch.setattr(engines.components, "trace", traced_once)
         build(BuildRequest("tiny", "cpu"), lambda message: None)
         yield home
 

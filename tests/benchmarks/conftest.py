@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from diffusers_models import traced_once
 
-import engines.components
 from engines.build import BuildRequest, build
 from flux2_trt.pipeline import Flux2Pipeline
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Flux2Pipeline:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.components, "trace", traced_once)
-        report = build(BuildRequest("tiny", "cpu", output=tmp_path_factory.mktemp("tiny")), lambda _: None)
+    report = build(BuildRequest("tiny", "cpu", output=tmp_path_factory.mktemp("tiny")), lambda _: None)
     return Flux2Pipeline.from_bundle(report.bundle)

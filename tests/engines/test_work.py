@@ -172,7 +172,7 @@ def test_tiny_is_not_guided_by_default() -> None:
 
 
 def test_references_of_a_model_with_a_limit_of_its_own() -> None:
-    assert Drawing.of(published_spec("tiny"), num_references=2).references == (65536, 65536)
+    assert Drawing.of(published_spec("tiny"), num_references=2).references == (512 * 512, 512 * 512)
 
 
 def test_no_text_encoder_no_work() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from diffusers_models import flow_scheduler, relative_error, small_autoencoder, small_transformer, traced_once
+from diffusers_models import flow_scheduler, relative_error, small_autoencoder, small_transformer
 from lora_files import bfl_linears, kohya_keys, linears, named, peft_keys, random_layers, write
 from safetensors.torch import load_file
 from test_parity import Pair, normal, picture
@@ -26,13 +25,6 @@ from flux2_trt.store import Store
 
 LATENTS = 1e-3
 STRENGTHS = {"diffusers": 0.8, "kohya": -0.6, "ai-toolkit": 1.2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def graphs_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.components, "trace", traced_once)
-        yield
 
 
 def write_loras(folder: Path) -> dict[str, Path]:

@@ -17,13 +17,11 @@ from diffusers_models import (
     small_language_model,
     small_tokenizer,
     small_transformer,
-    traced_once,
 )
 from PIL import Image
 from test_cli import flux2
 from test_pictures import write_loras
 
-import engines.components
 from flux2_trt.metadata import read_parameters
 from flux2_trt.store import Store
 
@@ -44,7 +42,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ).save_pretrained(folder / "Small")
     write_loras(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.components, "trace", traced_once)
         patch.setenv("FLUX2_TRT_HOME", str(folder / "home"))
         assert flux2("build", str(folder / "Small"), "--target", "cpu").exit_code == 0
         yield folder

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from diffusers_models import traced_once
 from runtime.standin import StandIn
 from runtime.standin_plan import StandInPlan
 
@@ -31,7 +30,6 @@ def load_on(device: StandIn):
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bundle]]:
     """`tiny` for the CPU, and for the stand-in in one plan and in blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.components, "trace", traced_once)
         patch.setattr(engines.targets, "TARGETS", {**engines.targets.TARGETS, "stand-in": TARGET})
         folder: Path = tmp_path_factory.mktemp("bundles")
         requests = {

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers_models import relative_error, traced_once
+from diffusers_models import relative_error
 from PIL import Image
 
-import engines.components
 from engines.build import BuildRequest, build
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
@@ -29,9 +28,7 @@ BF16 = 0.05  # 2**-9 a rounding, through three blocks and two steps
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flux2Pipeline]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.components, "trace", traced_once)
-        report = build(BuildRequest("tiny", "cpu", output=tmp_path_factory.mktemp("tiny")), lambda message: None)
+    report = build(BuildRequest("tiny", "cpu", output=tmp_path_factory.mktemp("tiny")), lambda message: None)
     yield Flux2Pipeline.from_bundle(report.bundle)
 
 

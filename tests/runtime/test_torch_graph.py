@@ -9,7 +9,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers_models import traced_once
 from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
@@ -37,7 +36,6 @@ BOUNDS = {"fp32": 1e-4, "fp8": 0.1, "fp8-attention": 0.1}
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     precision, plans = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.components, "trace", traced_once)
         patch.setattr(engines.targets, "TARGETS", {**engines.targets.TARGETS, TARGET.name: TARGET})
         asked = BuildRequest(
             "tiny", TARGET.name, precision=precision, plans=plans, output=tmp_path_factory.mktemp("store")
