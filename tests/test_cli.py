@@ -1,9 +1,13 @@
 """The command line: exit codes, which stream gets what, no file half-made. Pipeline and builder are stand-ins."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +21,7 @@ from typer.testing import CliRunner, Result
 from flux2_trt.bundle import Bundle, ComponentRecord, content_key
 from flux2_trt.cli import app
 from flux2_trt.errors import CheckpointError
+from flux2_trt.finishing import PictureSettings
 from flux2_trt.metadata import read_parameters
 from flux2_trt.models import published_spec
 from flux2_trt.store import Store
@@ -59,6 +64,9 @@ class Bench:
     truncated: bool = False
     failure: BaseException | None = None
     failing_step: int = 0
+    failing_picture: int = 0
+    before_failing: Callable[[], object] = lambda: None
+    overlaps: bool = False
     left: str | None = None
     refused: tuple[str | None, ...] = ()
 
@@ -75,6 +83,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
     class StandInPipeline:
         def __init__(self, bundle: Bundle) -> None:
             self.bundle, self.spec = bundle, bundle.manifest.model
+            self.runtime = SimpleNamespace(overlaps=bench.overlaps)
 
         @staticmethod
         def from_bundle(path, backend):
@@ -88,22 +97,33 @@ def bench(monkeypatch, tmp_path) -> Bench:
             print("a library prints this")
             sampling = self.spec.sampling
             steps = num_inference_steps or len(rest["sigmas"] or ()) or sampling.num_inference_steps
-            for picture in range(num_images_per_prompt):
-                for step in range(steps):
-                    if bench.failure and (picture, step) == (0, bench.failing_step):
-                        raise bench.failure
-                    rest["callback_on_step_end"](self, step, 1.0, {"latents": None})
             size = (width or sampling.width, height or sampling.height)
+            guidance = rest["guidance_scale"] or sampling.guidance_scale
+            refused = bench.refused or (None,) * num_images_per_prompt
+            images = [Image.new("RGB", size, "red") for _ in range(num_images_per_prompt)]
+            with ThreadPoolExecutor(1) as thread:
+                for picture, image in enumerate(images):
+                    for step in range(steps):
+                        if bench.failure and (picture, step) == (bench.failing_picture, bench.failing_step):
+                            bench.before_failing()
+                            raise bench.failure
+                        rest["callback_on_step_end"](self, step, 1.0, {"latents": None})
+                    settings = PictureSettings(picture, seed + picture, *size, steps, guidance)
+                    arguments = (settings, image, refused[picture])
+                    if self.runtime.overlaps:
+                        thread.submit(rest["callback_on_picture"], *arguments)
+                    else:
+                        rest["callback_on_picture"](*arguments)
             return SimpleNamespace(
-                images=[Image.new("RGB", size, "red") for _ in range(num_images_per_prompt)],
+                images=images,
                 seed=seed,
                 seeds=[seed + index for index in range(num_images_per_prompt)],
                 width=size[0],
                 height=size[1],
                 num_inference_steps=steps,
-                guidance_scale=rest["guidance_scale"] or sampling.guidance_scale,
+                guidance_scale=guidance,
                 truncated=(bench.truncated,),
-                refused=bench.refused or (None,) * num_images_per_prompt,
+                refused=refused,
                 timings={"total": 0.5},
             )
 
@@ -338,6 +358,89 @@ def test_ctrl_c_exits_130_and_leaves_nothing(bench, flags):
     result = flux2("run", "a cube", *flags)
     assert (result.exit_code, result.stdout) == (130, "") and bench.calls and not files()
     assert the_object(flux2("run", "a cube", "--json", *flags)) == {"error": "interrupted", "exit_code": 130}
+
+
+@pytest.fixture(params=[False, True], ids=["one after the other", "overlapping"])
+def overlaps(request, bench) -> bool:
+    """Whether pictures come from another thread than steps, and are written by others still."""
+    bench.overlaps = request.param
+    return request.param
+
+
+@pytest.fixture
+def written(monkeypatch) -> dict[str, threading.Event]:
+    """Events by names of files, set once they are there."""
+    from flux2_trt import writing
+
+    events = {f"flux2-{number:04d}.png": threading.Event() for number in range(1, 7)}
+    write = writing.write_file
+
+    def write_file(path, data, overwrite):
+        write(path, data, overwrite)
+        events[path.name].set()
+
+    monkeypatch.setattr(writing, "write_file", write_file)
+    return events
+
+
+def test_ctrl_c_keeps_the_pictures_that_are_written(bench, overlaps, written):
+    publish()
+    bench.failure, bench.failing_picture, bench.failing_step = KeyboardInterrupt(), 1, 1
+    bench.before_failing = lambda: written["flux2-0001.png"].wait(60)
+    result = flux2("run", "a cube", "--num-images", "3", "--seed", "7")
+    assert (result.exit_code, result.stdout) == (130, "flux2-0001.png\n")
+    assert files() == ["flux2-0001.png"] and read_parameters("flux2-0001.png").seed == 7
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("write")]
+
+
+def test_ctrl_c_in_the_session_keeps_them_too_and_it_goes_on(bench, terminal, overlaps, written):
+    publish()
+    bench.failure, bench.failing_picture = KeyboardInterrupt(), 2
+
+    def once_two_are_written():
+        assert all(written[f"flux2-000{number}.png"].wait(60) for number in (1, 2))
+        bench.failing_picture = -1
+
+    bench.before_failing = once_two_are_written
+    result = flux2("run", "--num-images", "3", typed="a cube\nrun\nquit\n")
+    assert result.exit_code == 0 and "stopped" in result.stderr and len(bench.loads) == 1
+    assert result.stdout.splitlines() == files() == [f"flux2-{number:04d}.png" for number in range(1, 6)]
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "can be written")])
+def test_a_picture_that_cannot_be_written_ends_the_run_and_the_others_stay(bench, overlaps, monkeypatch, code, said):
+    publish()
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target).name == "flux2-0002.png":
+            raise OSError(code, os.strerror(code))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    result = flux2("run", "a cube", "--num-images", "3", "--steps", "2")
+    assert result.exit_code == 1 and f"'flux2-0002.png' cannot be written: {os.strerror(code)}" in result.stderr
+    assert said in result.stderr and result.stdout.splitlines() == files()
+    assert "flux2-0001.png" in files() and "flux2-0002.png" not in files()
+
+
+def test_names_are_told_in_order_whichever_is_written_first(bench, overlaps, written, monkeypatch):
+    publish()
+    if overlaps:
+        from flux2_trt import writing
+
+        write = writing.write_file
+
+        def last_to_first(path, data, overwrite):
+            if path.name != "flux2-0003.png":
+                assert written["flux2-0003.png"].wait(60)
+            write(path, data, overwrite)
+
+        monkeypatch.setattr(writing, "write_file", last_to_first)
+    bench.refused = (None, "it is too red", None)
+    result = flux2("run", "a cube", "--num-images", "3")
+    assert (result.exit_code, result.stdout) == (1, "flux2-0001.png\nflux2-0003.png\n")
+    assert "picture 2 was refused and not written: it is too red" in result.stderr and files() == result.stdout.split()
 
 
 def test_an_unforeseen_failure_keeps_its_traceback_and_leaves_nothing(bench):
@@ -619,8 +722,8 @@ def test_without_prompt_a_terminal_opens_the_session_and_loads_the_model_once(be
 def test_a_terminal_shows_progress_on_stderr_and_never_with_json_or_quiet(bench, terminal):
     publish()
     terminal.add("<stderr>")
-    shown = flux2("run", "a cube")
-    assert "drawing" in shown.stderr and shown.stdout == "flux2-0001.png\n"
+    shown = flux2("run", "a cube", "--num-images", "2")
+    assert "drawing" in shown.stderr and shown.stdout == "flux2-0001.png\nflux2-0002.png\n"
     assert not any("drawing" in flux2("run", "a cube", flag).stderr for flag in ("--json", "--quiet"))
 
 
