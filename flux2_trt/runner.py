@@ -213,6 +213,9 @@ class Runner:
 
                 self._pipeline = Flux2Pipeline.from_bundle(folder, backend)
                 self._folder, self._backend = folder, backend
+            source = self._pipeline.bundle.manifest.source
+            if SYNTHETIC in source:
+                self._console.warn(f"{folder} has made-up weights (random:{source[SYNTHETIC]}): pictures mean nothing")
         return self._pipeline
 
     def _build_tiny(self) -> Path:

@@ -29,8 +29,8 @@ from flux2_trt.store import Store
 COMMAND = [sys.executable, "-m", "flux2_trt.cli"]
 
 
-def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu") -> Path:
-    key = content_key({"model": model, "recipe": recipe, "target": target})
+def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu", source: dict | None = None) -> Path:
+    key = content_key({"model": model, "recipe": recipe, "target": target, "source": source or {}})
     with Store().publish(key, model=published_spec(model), recipe=recipe, target=target) as draft:
         if not draft.done:
             records = []
@@ -49,7 +49,7 @@ def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu") -> P
                     layers={},
                 )
                 records.append(record)
-            draft.finish(records, [], source={})
+            draft.finish(records, [], source=source or {})
     return draft.bundle.path
 
 
@@ -685,6 +685,16 @@ def test_a_bundle_folder_is_taken_as_it_is(bench, tmp_path):
     assert flux2("run", "a cube", "--bundle", str(folder)).exit_code == 0 and bench.loads == [folder]
     result = flux2("run", "a cube", "--bundle", str(tmp_path))
     assert result.exit_code == 3 and "bundle" in result.stderr
+
+
+def test_pictures_of_made_up_weights_are_said_to_mean_nothing_once(bench, terminal):
+    folder = publish(source={"random": 3})
+    warning = f"warning: {folder} has made-up weights (random:3): pictures mean nothing\n"
+    result = flux2("run", "a cube", "--bundle", str(folder), "--quiet")
+    assert result.exit_code == 0 and warning in result.stderr
+    assert flux2("run", "--bundle", str(folder), typed="a cube\nrun\nquit\n").stderr.count(warning) == 1
+    publish()
+    assert "made-up" not in flux2("run", "a cube").stderr
 
 
 # the session
