@@ -123,11 +123,11 @@ class Check:
         yield rates()
 
     def _uploads(self, asked: dict[str, Any]) -> Iterator[Any]:
-        from benchmarks.gpu.weights import random_weights
+        from flux2_trt.runtime.synthetic import synthetic_weights
 
         model, precision, *_ = asked["models"][0].split(":")
         bundle = self._synthetic(model, precision)
-        source = random_weights(bundle, bundle.component("transformer.prologue"))
+        source = synthetic_weights(bundle, bundle.component("transformer.prologue"))
         blocks = [name for name in source.sizes if name.startswith("double_blocks.")]
         weights = Weights(self.device, source, blocks)
         for _ in range(2):  # the first makes the numbers up
@@ -191,7 +191,7 @@ class Check:
                 self._leave_out(f"loops of {words}: {error}")
 
     def _loops_of(self, words: str, cases: Sequence[Case]) -> Iterator[Any]:
-        from benchmarks.gpu.weights import random_weights
+        from flux2_trt.runtime.synthetic import synthetic_weights
 
         model, precision, *more = words.split(":")
         bundle = prepared = self._synthetic(model, precision)
@@ -208,7 +208,7 @@ class Check:
         for compiled, graphs in ways:
             runtime = GpuRuntime(
                 bundle, self.device, residency=Residency(streamed=streamed), graphs=graphs,
-                load_plan=self._loader(compiled), weights=partial(random_weights, prepared),
+                load_plan=self._loader(compiled), weights=partial(synthetic_weights, prepared),
             )  # fmt: skip
             try:
                 for case in cases:

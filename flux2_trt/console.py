@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
@@ -29,6 +32,7 @@ class Console:
     quiet: bool = False
     results: IO[str] = field(default_factory=lambda: sys.stdout)
     notes: IO[str] = field(default_factory=lambda: sys.stderr)
+    _bars: list[Progress] = field(default_factory=list, init=False, repr=False)
 
     @property
     def shows_bars(self) -> bool:
@@ -38,7 +42,8 @@ class Console:
     def line(self, text: str | Path) -> None:
         """A line of a result; a path goes out byte for byte, whatever the encoding of the terminal."""
         if not self.json:
-            typer.echo(os.fsencode(text), file=self.results)
+            with self._without_bar():
+                typer.echo(os.fsencode(text), file=self.results)
 
     def object(self, values: Mapping[str, Any]) -> None:
         """The JSON object of a command, printed only with `json`."""
@@ -50,7 +55,8 @@ class Console:
             print(text, file=self.notes, flush=True)
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=self.notes, flush=True)
+        with self._without_bar():
+            print(f"warning: {text}", file=self.notes, flush=True)
 
     def error(self, text: str, exit_code: int) -> None:
         """As the JSON object of the command, or as one line on stderr."""
@@ -103,7 +109,20 @@ class Console:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Terminal(file=self.notes), transient=True, redirect_stdout=False) as bar:
             task = bar.add_task(what, total=total)
-            yield lambda: bar.advance(task)
+            self._bars.append(bar)
+            try:
+                yield lambda: bar.advance(task)
+            finally:
+                self._bars.remove(bar)
+
+    @contextmanager
+    def _without_bar(self) -> Iterator[None]:
+        """Two streams may be the same terminal: the bar leaves while a line is written there."""
+        for bar in self._bars:
+            bar.stop()
+        yield
+        for bar in self._bars:
+            bar.start()
 
 
 def console_for(json: bool, quiet: bool) -> Console:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, Interrupted, UsageError
+from flux2_trt.finishing import Finished, Finishing, PictureCallback, PictureSettings
 from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
 from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
 from flux2_trt.noise import noise_batch, picture_seeds
@@ -114,31 +115,6 @@ class _Noise:
         self._executor.shutdown(cancel_futures=True)
 
 
-class _Decoding:
-    """Pictures on their way from latents, in order; `overlaps`: by a thread, while the next one is denoised."""
-
-    def __init__(self, overlaps: bool) -> None:
-        self._executor = ThreadPoolExecutor(1, "decode") if overlaps else None
-        self._results: list[Callable[[], NDArray[Any]]] = []
-
-    def put(self, decode: Callable[[Floats], NDArray[Any]], latents: Floats) -> None:
-        if self._executor:
-            self._results.append(self._executor.submit(decode, latents).result)
-        else:
-            picture = decode(latents)
-            self._results.append(lambda: picture)
-
-    def results(self) -> list[NDArray[Any]]:
-        return [result() for result in self._results]
-
-    def __enter__(self) -> _Decoding:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._executor:
-            self._executor.shutdown(cancel_futures=True)
-
-
 class Flux2Pipeline:
     """A bundle, ready to make pictures. Engines load when they are first needed and stay.
 
@@ -194,6 +170,7 @@ class Flux2Pipeline:
         negative_prompt_embeds: Floats | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
+        callback_on_picture: PictureCallback | None = None,
     ) -> Output:
         """Make `num_images_per_prompt` pictures of every prompt.
 
@@ -203,6 +180,9 @@ class Flux2Pipeline:
         prompts, and `negative_prompt_embeds` [1, T, context_dim] in place of the empty prompt's, where guidance takes
         them. Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed.
         `callback_on_step_end(pipeline, step, timestep, {"latents": [b, C, h, w]})` may return other latents.
+        `callback_on_picture(settings, picture, refused)` gets each picture, in order, once it is decoded and checked:
+        from another thread while the next one is denoised, where the runtime overlaps. What it raises ends the call
+        between two steps; after `interrupt` or a failure it is not called again.
 
         Raises UsageError (ImageError for a reference) for values that are not allowed, ContentError for a prompt or
         reference that `content_checks` refuse, Interrupted after `interrupt`.
@@ -254,20 +234,31 @@ class Flux2Pipeline:
                     for i, each in enumerate(noise.drawn)
                 ]
 
-                # 5. Denoise and decode, one picture at a time: a seed gives the same bits whatever is made beside it
-                with _Decoding(self.runtime.overlaps) as decoding:
-                    for picture in pictures:
-                        final = self._denoise(picture, unconditional, guidance, levels, clock, callback_on_step_end)
-                        with clock.stage("vae_decoder"):
-                            decoding.put((lambda latents: latents) if output_type == "latent" else self._decode, final)
-                    with clock.stage("vae_decoder"):
-                        results = decoding.results()
+                # 5. Denoise and finish, one picture at a time: a seed gives the same bits whatever is made beside it
+                def hand_on(index: int, values: NDArray[Any]) -> Finished:
+                    refused = None if output_type == "latent" else self._refusal(values)
+                    finished = Finished(np.zeros_like(values) if refused else values, refused)
+                    if callback_on_picture is not None:
+                        if self._interrupted:
+                            raise Interrupted(f"stopped before picture {index + 1} of {total} was handed on")
+                        settings = PictureSettings(index, seeds[index], width, height, steps, guidance)
+                        callback_on_picture(settings, _as_output(finished.values.copy(), output_type)[0], refused)
+                    return finished
 
-            # 6. Look at what came of it
-            refused = tuple(None if output_type == "latent" else self._refusal(result) for result in results)
-            results = [np.zeros_like(result) if why else result for result, why in zip(results, refused, strict=True)]
+                decode = (lambda latents: latents) if output_type == "latent" else self._decode
+                with Finishing(decode, hand_on, self.interrupt, self.runtime.overlaps) as finishing:
+                    for picture in pictures:
+                        final = self._denoise(
+                            picture, unconditional, guidance, levels, clock, callback_on_step_end, finishing
+                        )
+                        with clock.stage("vae_decoder"):
+                            finishing.decode(final)
+                        finishing.hand_on()
+                    with clock.stage("vae_decoder"):
+                        finishing.wait_for_decoding()
+                    results = finishing.results()
         return Output(
-            images=_as_output(np.concatenate(results), output_type),
+            images=_as_output(np.concatenate([each.values for each in results]), output_type),
             seed=base_seed,
             seeds=seeds,
             width=width,
@@ -276,7 +267,7 @@ class Flux2Pipeline:
             guidance_scale=guidance,
             truncated=truncated,
             timings=clock.seconds,
-            refused=refused,
+            refused=tuple(each.refused for each in results),
         )
 
     def engine(self, component: Component) -> Engine:
@@ -443,6 +434,7 @@ class Flux2Pipeline:
         levels: NDArray[np.float64],
         clock: _Clock,
         callback: StepCallback | None,
+        finishing: Finishing,
     ) -> Floats:
         """The Euler loop of one picture; returns latents [1, C, h, w]."""
         noise = picture.noise()
@@ -473,6 +465,7 @@ class Flux2Pipeline:
             changed = None
             if callback is not None:
                 changed = self._call_back(callback, index, float(levels[index]), read, (height, width))
+            finishing.require_sound()
             if self._interrupted and index + 1 < len(steps):
                 raise Interrupted(f"stopped after {index + 1} of {len(steps)} steps")
             return changed

@@ -15,19 +15,23 @@ from flux2_trt.credentials import Ingredient
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
 from flux2_trt.manifest import SYNTHETIC, Manifest
 from flux2_trt.options import DEFAULT_MODEL, RunOptions
-from flux2_trt.outputs import format_of, reserved_names, write_file
+from flux2_trt.outputs import reserved_names
 from flux2_trt.spec import ModelSpec
 from flux2_trt.version import own_version
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from flux2_trt.imprint import Imprint
+    from flux2_trt.finishing import PictureSettings
+    from flux2_trt.imprint import File
     from flux2_trt.lora.request import LoraRequest
     from flux2_trt.pipeline import Flux2Pipeline, Output
     from flux2_trt.preparation import Wording
+    from flux2_trt.provenance import Parameters
     from flux2_trt.runtime.engine import Backend
     from flux2_trt.safety import ContentChecks
+    from flux2_trt.watermark import Pixels
+    from flux2_trt.writing import Writing
 
 TINY = "tiny"
 SEED_BITS = 32
@@ -91,10 +95,11 @@ class Runner:
 
         Raises Flux2Error. Nothing is left behind where it fails but the pictures that were finished.
         """
-        from flux2_trt.imprint import Imprint
+        from flux2_trt.imprint import Imprint, imprint
         from flux2_trt.like import made_again
         from flux2_trt.metadata import read_parameters
         from flux2_trt.preparation import Preparation, carried
+        from flux2_trt.writing import THREADS, Writing
 
         # 1. What was asked, and of which model: nothing is loaded yet
         made = None if options.like is None else read_parameters(options.like)
@@ -129,12 +134,18 @@ class Runner:
                 told = carried(wording.upsampled, made.original_prompt, made.upsampled_by)
                 wording = replace(wording, upsampled=told)
 
-            # 4. Draw
+            # 4. Draw, and write what is drawn
             seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
-            output = self._draw(pipeline, options, wording, references, seed)
+            parameters = _parameters_of(pipeline, options, wording, hashes)
 
-            # 5. Write
-            bits = self._write(pipeline, options, wording, output, hashes, names, on_written, wanted, ingredients)
+            def imprinted(settings: PictureSettings, pixels: Pixels, format: str) -> File:
+                return imprint(pixels, format, parameters(settings), wanted, ingredients)
+
+            with self._console.clean_results():
+                threads = THREADS if pipeline.runtime.overlaps else 0
+            with Writing(names, imprinted, on_written, self._console.warn, threads) as writing:
+                output = self._draw(pipeline, options, wording, references, seed, writing)
+            bits = writing.watermark_bits
         return self._report(pipeline, options, wording, output, names, bits)
 
     def open(self, options: RunOptions) -> Flux2Pipeline:
@@ -206,6 +217,9 @@ class Runner:
 
                 self._pipeline = Flux2Pipeline.from_bundle(folder, backend)
                 self._folder, self._backend = folder, backend
+            source = self._pipeline.bundle.manifest.source
+            if SYNTHETIC in source:
+                self._console.warn(f"{folder} has made-up weights (random:{source[SYNTHETIC]}): pictures mean nothing")
         return self._pipeline
 
     def _build_tiny(self) -> Path:
@@ -251,6 +265,7 @@ class Runner:
         wording: Wording,
         references: list[Image.Image],
         seed: int,
+        writing: Writing,
     ) -> Output:
         steps = options.steps or (len(options.sigmas) if options.sigmas else pipeline.spec.sampling.num_inference_steps)
         console, count = self._console, options.num_images * len(wording.prompts)
@@ -261,6 +276,7 @@ class Runner:
 
             def on_step_end(*_: Any) -> None:
                 advance()
+                writing.tell()
 
             return pipeline(
                 **asked,
@@ -274,61 +290,8 @@ class Runner:
                 seed=seed,
                 output_type="pil",
                 callback_on_step_end=on_step_end,
+                callback_on_picture=writing.put,
             )
-
-    def _write(
-        self,
-        pipeline: Flux2Pipeline,
-        options: RunOptions,
-        wording: Wording,
-        output: Output,
-        hashes: list[str],
-        names: list[Path],
-        on_written: Callable[[Path], None],
-        wanted: Imprint,
-        ingredients: list[Ingredient],
-    ) -> list[int | None]:
-        import numpy as np
-
-        from flux2_trt.bundle import file_sha256
-        from flux2_trt.imprint import imprint
-        from flux2_trt.provenance import Parameters, Reference, UsedLora
-
-        loras = pipeline.bundle.manifest.loras
-        bits: list[int | None] = []
-        embeds_file = None
-        if options.prompt_embeds is not None:
-            embeds_file = Reference(options.prompt_embeds.name, file_sha256(options.prompt_embeds))
-        references = tuple(Reference(path.name, sha256) for path, sha256 in zip(options.image, hashes, strict=True))
-        for index, (name, image) in enumerate(zip(names, output.images, strict=True)):
-            if output.refused[index]:
-                self._console.warn(f"picture {index + 1} was refused and not written: {output.refused[index]}")
-                continue
-            parameters = Parameters(
-                prompt=wording.prompts[index // options.num_images],
-                seed=output.seeds[index],
-                width=output.width,
-                height=output.height,
-                num_inference_steps=output.num_inference_steps,
-                guidance_scale=output.guidance_scale,
-                model=pipeline.spec.name,
-                model_key=pipeline.bundle.manifest.key,
-                version=own_version(),
-                sigmas=options.sigmas,
-                references=references,
-                image_index=index,
-                original_prompt=wording.upsampled.original,
-                upsampled_by=wording.upsampled.by,
-                prompt_embeds=embeds_file,
-                loras=tuple(UsedLora(lora["file"], lora["sha256"], lora["strength"]) for lora in loras),
-            )
-            file = imprint(np.asarray(image), format_of(name), parameters, wanted, ingredients)
-            write_file(name, file.data, overwrite=True)  # the name is ours
-            bits.append(file.watermark_bits)
-            for problem in file.problems:
-                self._console.warn(f"{name}: {problem}")
-            on_written(name)
-        return bits
 
     def _report(
         self,
@@ -470,3 +433,39 @@ def _checked(options: RunOptions, spec: ModelSpec, references: list[Image.Image]
     if sampling.fixed_guidance and options.guidance not in (None, sampling.guidance_scale):
         raise UsageError(f"{spec.name} is distilled to guidance {sampling.guidance_scale:g}; leave guidance out")
     return options
+
+
+def _parameters_of(
+    pipeline: Flux2Pipeline, options: RunOptions, wording: Wording, hashes: list[str]
+) -> Callable[[PictureSettings], Parameters]:
+    """What is said of each picture; `hashes`: of the references' files."""
+    from flux2_trt.bundle import file_sha256
+    from flux2_trt.provenance import Parameters, Reference, UsedLora
+
+    loras = tuple(UsedLora(lora["file"], lora["sha256"], lora["strength"]) for lora in pipeline.bundle.manifest.loras)
+    embeds_file = None
+    if options.prompt_embeds is not None:
+        embeds_file = Reference(options.prompt_embeds.name, file_sha256(options.prompt_embeds))
+    references = tuple(Reference(path.name, sha256) for path, sha256 in zip(options.image, hashes, strict=True))
+
+    def parameters(settings: PictureSettings) -> Parameters:
+        return Parameters(
+            prompt=wording.prompts[settings.index // options.num_images],
+            seed=settings.seed,
+            width=settings.width,
+            height=settings.height,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            model=pipeline.spec.name,
+            model_key=pipeline.bundle.manifest.key,
+            version=own_version(),
+            sigmas=options.sigmas,
+            references=references,
+            image_index=settings.index,
+            original_prompt=wording.upsampled.original,
+            upsampled_by=wording.upsampled.by,
+            prompt_embeds=embeds_file,
+            loras=loras,
+        )
+
+    return parameters

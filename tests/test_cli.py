@@ -1,10 +1,14 @@
 """The command line: exit codes, which stream gets what, no file half-made. Pipeline and builder are stand-ins."""
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +22,7 @@ from typer.testing import CliRunner, Result
 from flux2_trt.bundle import Bundle, ComponentRecord, content_key
 from flux2_trt.cli import app
 from flux2_trt.errors import CheckpointError
+from flux2_trt.finishing import PictureSettings
 from flux2_trt.metadata import read_parameters
 from flux2_trt.models import published_spec
 from flux2_trt.store import Store
@@ -25,8 +30,8 @@ from flux2_trt.store import Store
 COMMAND = [sys.executable, "-m", "flux2_trt.cli"]
 
 
-def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu", weights_sha256: str = "") -> Path:
-    key = content_key({"model": model, "recipe": recipe, "target": target})
+def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu", source: dict | None = None) -> Path:
+    key = content_key({"model": model, "recipe": recipe, "target": target, "source": source or {}})
     with Store().publish(key, model=published_spec(model), recipe=recipe, target=target) as draft:
         if not draft.done:
             records = []
@@ -45,8 +50,7 @@ def publish(model: str = "tiny", recipe: str = "fp32", target: str = "cpu", weig
                     layers={},
                 )
                 records.append(record)
-            source = {"weights_sha256": {"transformer": {"transformer.safetensors": weights_sha256}}}
-            draft.finish(records, [], source=source if weights_sha256 else {})
+            draft.finish(records, [], source=source or {})
     return draft.bundle.path
 
 
@@ -61,6 +65,9 @@ class Bench:
     truncated: bool = False
     failure: BaseException | None = None
     failing_step: int = 0
+    failing_picture: int = 0
+    before_failing: Callable[[], object] = lambda: None
+    overlaps: bool = False
     left: str | None = None
     refused: tuple[str | None, ...] = ()
 
@@ -77,6 +84,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
     class StandInPipeline:
         def __init__(self, bundle: Bundle) -> None:
             self.bundle, self.spec = bundle, bundle.manifest.model
+            self.runtime = SimpleNamespace(overlaps=bench.overlaps)
 
         @staticmethod
         def from_bundle(path, backend):
@@ -90,22 +98,33 @@ def bench(monkeypatch, tmp_path) -> Bench:
             print("a library prints this")
             sampling = self.spec.sampling
             steps = num_inference_steps or len(rest["sigmas"] or ()) or sampling.num_inference_steps
-            for picture in range(num_images_per_prompt):
-                for step in range(steps):
-                    if bench.failure and (picture, step) == (0, bench.failing_step):
-                        raise bench.failure
-                    rest["callback_on_step_end"](self, step, 1.0, {"latents": None})
             size = (width or sampling.width, height or sampling.height)
+            guidance = rest["guidance_scale"] or sampling.guidance_scale
+            refused = bench.refused or (None,) * num_images_per_prompt
+            images = [Image.new("RGB", size, "red") for _ in range(num_images_per_prompt)]
+            with ThreadPoolExecutor(1) as thread:
+                for picture, image in enumerate(images):
+                    for step in range(steps):
+                        if bench.failure and (picture, step) == (bench.failing_picture, bench.failing_step):
+                            bench.before_failing()
+                            raise bench.failure
+                        rest["callback_on_step_end"](self, step, 1.0, {"latents": None})
+                    settings = PictureSettings(picture, seed + picture, *size, steps, guidance)
+                    arguments = (settings, image, refused[picture])
+                    if self.runtime.overlaps:
+                        thread.submit(rest["callback_on_picture"], *arguments)
+                    else:
+                        rest["callback_on_picture"](*arguments)
             return SimpleNamespace(
-                images=[Image.new("RGB", size, "red") for _ in range(num_images_per_prompt)],
+                images=images,
                 seed=seed,
                 seeds=[seed + index for index in range(num_images_per_prompt)],
                 width=size[0],
                 height=size[1],
                 num_inference_steps=steps,
-                guidance_scale=rest["guidance_scale"] or sampling.guidance_scale,
+                guidance_scale=guidance,
                 truncated=(bench.truncated,),
-                refused=bench.refused or (None,) * num_images_per_prompt,
+                refused=refused,
                 timings={"total": 0.5},
             )
 
@@ -342,6 +361,89 @@ def test_ctrl_c_exits_130_and_leaves_nothing(bench, flags):
     assert the_object(flux2("run", "a cube", "--json", *flags)) == {"error": "interrupted", "exit_code": 130}
 
 
+@pytest.fixture(params=[False, True], ids=["one after the other", "overlapping"])
+def overlaps(request, bench) -> bool:
+    """Whether pictures come from another thread than steps, and are written by others still."""
+    bench.overlaps = request.param
+    return request.param
+
+
+@pytest.fixture
+def written(monkeypatch) -> dict[str, threading.Event]:
+    """Events by names of files, set once they are there."""
+    from flux2_trt import writing
+
+    events = {f"flux2-{number:04d}.png": threading.Event() for number in range(1, 7)}
+    write = writing.write_file
+
+    def write_file(path, data, overwrite):
+        write(path, data, overwrite)
+        events[path.name].set()
+
+    monkeypatch.setattr(writing, "write_file", write_file)
+    return events
+
+
+def test_ctrl_c_keeps_the_pictures_that_are_written(bench, overlaps, written):
+    publish()
+    bench.failure, bench.failing_picture, bench.failing_step = KeyboardInterrupt(), 1, 1
+    bench.before_failing = lambda: written["flux2-0001.png"].wait(60)
+    result = flux2("run", "a cube", "--num-images", "3", "--seed", "7")
+    assert (result.exit_code, result.stdout) == (130, "flux2-0001.png\n")
+    assert files() == ["flux2-0001.png"] and read_parameters("flux2-0001.png").seed == 7
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("write")]
+
+
+def test_ctrl_c_in_the_session_keeps_them_too_and_it_goes_on(bench, terminal, overlaps, written):
+    publish()
+    bench.failure, bench.failing_picture = KeyboardInterrupt(), 2
+
+    def once_two_are_written():
+        assert all(written[f"flux2-000{number}.png"].wait(60) for number in (1, 2))
+        bench.failing_picture = -1
+
+    bench.before_failing = once_two_are_written
+    result = flux2("run", "--num-images", "3", typed="a cube\nrun\nquit\n")
+    assert result.exit_code == 0 and "stopped" in result.stderr and len(bench.loads) == 1
+    assert result.stdout.splitlines() == files() == [f"flux2-{number:04d}.png" for number in range(1, 6)]
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "can be written")])
+def test_a_picture_that_cannot_be_written_ends_the_run_and_the_others_stay(bench, overlaps, monkeypatch, code, said):
+    publish()
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target).name == "flux2-0002.png":
+            raise OSError(code, os.strerror(code))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    result = flux2("run", "a cube", "--num-images", "3", "--steps", "2")
+    assert result.exit_code == 1 and f"'flux2-0002.png' cannot be written: {os.strerror(code)}" in result.stderr
+    assert said in result.stderr and result.stdout.splitlines() == files()
+    assert "flux2-0001.png" in files() and "flux2-0002.png" not in files()
+
+
+def test_names_are_told_in_order_whichever_is_written_first(bench, overlaps, written, monkeypatch):
+    publish()
+    if overlaps:
+        from flux2_trt import writing
+
+        write = writing.write_file
+
+        def last_to_first(path, data, overwrite):
+            if path.name != "flux2-0003.png":
+                assert written["flux2-0003.png"].wait(60)
+            write(path, data, overwrite)
+
+        monkeypatch.setattr(writing, "write_file", last_to_first)
+    bench.refused = (None, "it is too red", None)
+    result = flux2("run", "a cube", "--num-images", "3")
+    assert (result.exit_code, result.stdout) == (1, "flux2-0001.png\nflux2-0003.png\n")
+    assert "picture 2 was refused and not written: it is too red" in result.stderr and files() == result.stdout.split()
+
+
 def test_an_unforeseen_failure_keeps_its_traceback_and_leaves_nothing(bench):
     publish()
     bench.failure = RuntimeError("out of memory")
@@ -559,8 +661,12 @@ def test_with_nothing_built_tiny_is_built_and_used(bench):
     assert "building tiny" in result.stderr and "coloured shapes" in result.stderr
 
 
+def source_of(sha256: str) -> dict:
+    return {"weights_sha256": {"transformer": {"transformer.safetensors": sha256}}}
+
+
 def test_tiny_is_built_again_after_an_update_came_with_other_weights(bench, monkeypatch, tmp_path):
-    old = publish(weights_sha256="0" * 64)
+    old = publish(source=source_of("0" * 64))
     monkeypatch.setattr("flux2_trt.models.TINY_ASSETS", tmp_path)
     weights = tmp_path / "transformer.safetensors"
     weights.write_bytes(b"newer")
@@ -574,7 +680,7 @@ def test_tiny_is_built_again_after_an_update_came_with_other_weights(bench, monk
 
 def test_a_bundle_of_tiny_with_the_weights_of_the_package_is_used(bench, monkeypatch, tmp_path):
     (tmp_path / "transformer.safetensors").write_bytes(b"newer")
-    folder = publish(weights_sha256=hashlib.sha256(b"newer").hexdigest())
+    folder = publish(source=source_of(hashlib.sha256(b"newer").hexdigest()))
     monkeypatch.setattr("flux2_trt.models.TINY_ASSETS", tmp_path)
     os.utime(tmp_path / "transformer.safetensors", (4e9, 4e9))
     assert flux2("run", "a cube").exit_code == 0 and not bench.builds and bench.loads == [folder]
@@ -605,6 +711,16 @@ def test_a_bundle_folder_is_taken_as_it_is(bench, tmp_path):
     assert flux2("run", "a cube", "--bundle", str(folder)).exit_code == 0 and bench.loads == [folder]
     result = flux2("run", "a cube", "--bundle", str(tmp_path))
     assert result.exit_code == 3 and "bundle" in result.stderr
+
+
+def test_pictures_of_made_up_weights_are_said_to_mean_nothing_once(bench, terminal):
+    folder = publish(source={"random": 3})
+    warning = f"warning: {folder} has made-up weights (random:3): pictures mean nothing\n"
+    result = flux2("run", "a cube", "--bundle", str(folder), "--quiet")
+    assert result.exit_code == 0 and warning in result.stderr
+    assert flux2("run", "--bundle", str(folder), typed="a cube\nrun\nquit\n").stderr.count(warning) == 1
+    publish()
+    assert "made-up" not in flux2("run", "a cube").stderr
 
 
 # the session
@@ -642,8 +758,8 @@ def test_without_prompt_a_terminal_opens_the_session_and_loads_the_model_once(be
 def test_a_terminal_shows_progress_on_stderr_and_never_with_json_or_quiet(bench, terminal):
     publish()
     terminal.add("<stderr>")
-    shown = flux2("run", "a cube")
-    assert "drawing" in shown.stderr and shown.stdout == "flux2-0001.png\n"
+    shown = flux2("run", "a cube", "--num-images", "2")
+    assert "drawing" in shown.stderr and shown.stdout == "flux2-0001.png\nflux2-0002.png\n"
     assert not any("drawing" in flux2("run", "a cube", flag).stderr for flag in ("--json", "--quiet"))
 
 

@@ -26,6 +26,7 @@ from flux2_trt.runtime.weights import MappedFile, Weights, WeightSource, WeightS
 from flux2_trt.spec import Component
 
 LoadPlan = Callable[[ComponentRecord, bytes], Plan]
+MakeWeights = Callable[[ComponentRecord], WeightSource]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class GpuRuntime:
         graphs: bool = True,
         load_plan: LoadPlan | None = None,
         cache: Path | None = None,
-        weights: Callable[[ComponentRecord], WeightSource] | None = None,
+        weights: MakeWeights | None = None,
     ) -> None:
         """`store`: of weights that other runtimes on this device share. `cache`: a folder for kernels that are made on
         this machine. `weights`: in place of the bundle's files, from a component's record."""
@@ -179,7 +180,8 @@ class GpuRuntime:
         record, path = self.bundle.component(name).weights, self.bundle.weights_path(name)
         if record is None or path is None:
             raise BundleError(
-                f"{self.bundle.path} keeps no weights of {name}: they are made up from a seed"
+                f"{self.bundle.path} keeps no weights of {name}: they are made up from a seed, and plans do not say "
+                "of which sizes; run the prepared bundle that it was compiled from: --backend torch"
                 if SYNTHETIC in self.bundle.manifest.source
                 else f"{self.bundle.path} has no weights of {name}; build it again: {self.bundle.build_command}"
             )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import DeviceError, DeviceMemoryError
+from flux2_trt.manifest import SYNTHETIC
 from flux2_trt.runtime.cuda import CudaDevice
 from flux2_trt.runtime.device import Device
 from flux2_trt.runtime.engine import PLANS, Backend
-from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, Residency
+from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, MakeWeights, Residency
 
 
 def runtime_on_this_machine(
@@ -27,7 +29,12 @@ def runtime_on_this_machine(
         from flux2_trt.runtime.torch_plan import TorchPlans
 
         load_plan = TorchPlans(index, compiled=backend == "torch-compile")
-    return GpuRuntime(bundle, device, residency=residency, overlaps=overlaps, load_plan=load_plan)
+    weights: MakeWeights | None = None
+    if SYNTHETIC in bundle.manifest.source and not bundle.manifest.is_compiled:
+        from flux2_trt.runtime.synthetic import synthetic_weights
+
+        weights = partial(synthetic_weights, bundle)
+    return GpuRuntime(bundle, device, residency=residency, overlaps=overlaps, load_plan=load_plan, weights=weights)
 
 
 def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import engines.components
 from engines.build import BuildRequest, build
-from engines.sources import TINY, resolve_source
+from engines.sources import resolve_source
 from export.conversion import Converter
 from export.graph import Graph
 from export.recipes import QUANTIZED_LINEARS
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import CheckpointError, UsageError
-from flux2_trt.models import published_spec
+from flux2_trt.models import TINY_ASSETS, published_spec
 from flux2_trt.store import Store
 
 
@@ -85,7 +85,7 @@ def fp8_folder(tmp_path_factory) -> Path:
     """`tiny` as a diffusers folder would hold it, its linears in FP8 with scales, as BFL's files have them."""
     folder = tmp_path_factory.mktemp("fp8")
     for family, name in (("transformer", "transformer"), ("text_encoder", "text_encoder"), ("autoencoder", "vae")):
-        tensors = load_file(TINY / f"{family}.safetensors")
+        tensors = load_file(TINY_ASSETS / f"{family}.safetensors")
         for weight in [name for name in tensors if any(re.fullmatch(p, name) for p in QUANTIZED_LINEARS.values())]:
             module = weight.removesuffix(".weight")
             codes = (tensors[weight].float() / LINEAR_SCALE).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -97,7 +97,7 @@ def fp8_folder(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
     (folder / "tokenizer").mkdir()
-    shutil.copy(TINY / "tokenizer.json", folder / "tokenizer")
+    shutil.copy(TINY_ASSETS / "tokenizer.json", folder / "tokenizer")
     return folder
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from engines import prepared, tensorrt
 from engines.build import BuildReport, BuildRequest, build
 from engines.layers import LayerReport
-from engines.sources import TINY
 from flux2_trt.bundle import Bundle
 from flux2_trt.doctor import Gpu
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
+from flux2_trt.models import TINY_ASSETS
 from flux2_trt.pipeline import Flux2Pipeline
 from flux2_trt.store import Store
 
@@ -91,7 +91,7 @@ def test_on_request_it_stops_at_graphs_which_are_compiled_later_without_a_gpu(tm
 def test_weights_lie_as_hopper_reads_them(halves: BuildReport) -> None:
     """[N, K], as in the checkpoint."""
     stored = load_file(Bundle.open(halves.bundle).weights_path("text_encoder"))
-    given = load_file(TINY / "text_encoder.safetensors")
+    given = load_file(TINY_ASSETS / "text_encoder.safetensors")
     name = "layers.0.mlp.gate_proj.weight"
     assert stored[name].shape == given[name].shape and stored[name].shape[0] != stored[name].shape[1]
 
@@ -112,7 +112,7 @@ def test_the_folder_is_finished_where_the_gpu_is(halves: BuildReport, tmp_path: 
     assert text_encoder.compiler == "tensorrt" and text_encoder.compiler_version == "11.4.0"
     assert text_encoder.layers["profiles"][0]["gemms"] == {"FP8": 7 * bundle.manifest.model.text_encoder.num_layers}
     assert text_encoder.weights == Bundle.open(halves.bundle).component("text_encoder").weights
-    assert bundle.asset_path("tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    assert bundle.asset_path("tokenizer.json").read_bytes() == (TINY_ASSETS / "tokenizer.json").read_bytes()
     assert [path.name for path in (tmp_path / "server" / "timing").glob("*.cache")] == ["tensorrt-11.4.0-h100.cache"]
     again = build(request, lambda message: None)
     assert again.reused and again.bundle == report.bundle

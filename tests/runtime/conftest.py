@@ -28,7 +28,7 @@ def load_on(device: StandIn):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bundle]]:
-    """`tiny` for the CPU, and for the stand-in in one plan and in blocks."""
+    """`tiny` for the CPU, and for the stand-in in one plan and in blocks, also with a seed in the place of weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines.targets, "TARGETS", {**engines.targets.TARGETS, "stand-in": TARGET})
         folder: Path = tmp_path_factory.mktemp("bundles")
@@ -36,5 +36,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bundle
             "cpu": BuildRequest("tiny", "cpu", output=folder / "cpu"),
             "whole": BuildRequest("tiny", "stand-in", output=folder / "whole"),
             "blocks": BuildRequest("tiny", "stand-in", plans="blocks", output=folder / "blocks"),
+            "synthetic": BuildRequest("tiny", "stand-in", checkpoint="random:5", output=folder / "synthetic"),
+            "synthetic blocks": BuildRequest(
+                "tiny", "stand-in", plans="blocks", checkpoint="random:5", output=folder / "synthetic"
+            ),
         }
         yield {name: Bundle.open(build(each, lambda _: None).bundle) for name, each in requests.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers_models import relative_error
+from PIL import Image
 from runtime.conftest import load_on
 from runtime.standin import StandIn
 
+from flux2_trt import writing
 from flux2_trt.bundle import Bundle
+from flux2_trt.console import Console
 from flux2_trt.errors import BundleError, DeviceError, Interrupted
-from flux2_trt.pipeline import Flux2Pipeline
+from flux2_trt.finishing import PictureSettings
+from flux2_trt.options import RunOptions
+from flux2_trt.pipeline import Flux2Pipeline, OutputType
+from flux2_trt.runner import Runner
+from flux2_trt.runtime.denoiser import Trajectory
 from flux2_trt.runtime.gpu import GpuRuntime, Residency
+from flux2_trt.runtime.loop import DeviceLoop
 from flux2_trt.runtime.weights import MappedFile, WeightStore
+from flux2_trt.safety import ContentChecks
 
 PROMPT = "a large red circle on a blue background"
 FP32 = 1e-4  # the same kernels with weights as inputs, which ONNX Runtime lays out otherwise; through eight steps
@@ -158,6 +169,135 @@ def test_an_interrupt_ends_the_loop_and_the_next_picture_is_whole(built: dict[st
     with pytest.raises(Interrupted, match="stopped after 2 of 4 steps"):
         pipeline(**asked, callback_on_step_end=stop)
     np.testing.assert_array_equal(pipeline(**asked).images, expected)
+    pipeline.close()
+    assert device.live == {}
+
+
+@pytest.fixture(params=["cpu", "one lane", "overlapping"])
+def drawing(request: pytest.FixtureRequest, built: dict[str, Bundle]) -> Iterator[Flux2Pipeline]:
+    if request.param == "cpu":
+        pipeline = Flux2Pipeline(built["cpu"])
+    else:
+        pipeline = pipeline_on(StandIn(), built["whole"], overlaps=request.param == "overlapping")
+    yield pipeline
+    pipeline.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("finish")]
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
+def test_every_picture_is_handed_on_once_and_in_order(drawing: Flux2Pipeline, output_type: OutputType) -> None:
+    handed: list[tuple[PictureSettings, Any, str | None]] = []
+    threads: set[int] = set()
+
+    def keep(settings: PictureSettings, picture: Any, refused: str | None) -> None:
+        handed.append((settings, picture.copy(), refused))
+        threads.add(threading.get_ident())
+        if output_type != "pil":
+            picture[:] = 0  # it is the caller's
+
+    output = drawing(
+        [PROMPT, "a green star"], seed=3, num_inference_steps=2, num_images_per_prompt=2, output_type=output_type,
+        width=128, height=144, callback_on_picture=keep,
+    )  # fmt: skip
+    assert [settings for settings, *_ in handed] == [
+        PictureSettings(index, 3 + index, 128, 144, 2, output.guidance_scale) for index in range(4)
+    ]
+    for (_, picture, refused), expected in zip(handed, output.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+        assert refused is None
+    assert (threads == {threading.get_ident()}) != drawing.runtime.overlaps
+
+
+def test_a_refused_picture_is_handed_on_black_with_the_reason(drawing: Flux2Pipeline) -> None:
+    looked: list[Any] = []
+
+    def look(picture: Any) -> str | None:
+        looked.append(picture)
+        return "no second one" if len(looked) == 2 else None
+
+    drawing.content_checks = ContentChecks(picture=look)
+    handed: list[tuple[Any, str | None]] = []
+    output = drawing(
+        PROMPT, seed=3, num_inference_steps=1, num_images_per_prompt=3, output_type="np",
+        callback_on_picture=lambda settings, picture, refused: handed.append((picture, refused)),
+    )  # fmt: skip
+    assert tuple(refused for _, refused in handed) == output.refused == (None, "no second one", None)
+    assert [picture.any() for picture, _ in handed] == [True, False, True]
+
+
+def test_what_takes_pictures_can_end_the_call(drawing: Flux2Pipeline) -> None:
+    """By raising, or by an interrupt: then no step too many is made, and no other picture comes."""
+    steps: list[int] = []
+    failed = threading.Event()
+
+    def on_step_end(pipeline: Flux2Pipeline, step: int, *_: Any) -> None:
+        steps.append(step)
+        if len(steps) == 5:  # the first of the second picture
+            assert failed.wait(60)
+
+    def fail(settings: PictureSettings, *_: Any) -> None:
+        handed.append(settings.index)
+        failed.set()
+        raise ZeroDivisionError("no room")
+
+    def interrupt(settings: PictureSettings, *_: Any) -> None:
+        handed.append(settings.index)
+        drawing.interrupt()
+        failed.set()
+
+    for take, error in ((fail, ZeroDivisionError), (interrupt, Interrupted)):
+        handed: list[int] = []
+        with pytest.raises(error):
+            drawing(
+                PROMPT, seed=3, num_inference_steps=4, num_images_per_prompt=3,
+                callback_on_step_end=on_step_end, callback_on_picture=take,
+            )  # fmt: skip
+        assert handed == [0] and 4 <= len(steps) < 12
+        steps.clear()
+        failed.clear()
+    assert len(drawing(PROMPT, seed=3, num_inference_steps=1, num_images_per_prompt=2).images) == 2
+
+
+def test_an_interrupt_after_the_last_step_is_no_picture_less_than_was_handed_on(drawing: Flux2Pipeline) -> None:
+    """Whoever takes pictures one by one gets all of them, or is told."""
+    handed: list[int] = []
+    with pytest.raises(Interrupted, match="before picture 1 of 1 was handed on"):
+        drawing(
+            PROMPT, seed=3, num_inference_steps=2,
+            callback_on_step_end=lambda pipeline, step, *_: pipeline.interrupt() if step == 1 else None,
+            callback_on_picture=lambda settings, *_: handed.append(settings.index),
+        )  # fmt: skip
+    assert not handed
+
+
+def test_a_picture_is_written_while_the_last_one_is_denoised(
+    built: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, written, loops = StandIn(), threading.Event(), [0]
+    pipeline = pipeline_on(device, built["whole"])
+    monkeypatch.setattr(Flux2Pipeline, "from_bundle", lambda path, backend: pipeline)
+    run, write = DeviceLoop.run, writing.write_file
+
+    def run_and_wait(loop: DeviceLoop, trajectory: Trajectory, on_step: Any, stage: Any) -> Any:
+        loops[0] += 1
+        tokens = run(loop, trajectory, on_step, stage)
+        assert loops[0] < 3 or written.wait(60), "nothing was written before the last picture was denoised"
+        return tokens
+
+    def write_and_say(path: Path, data: bytes, overwrite: bool) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        write(path, data, overwrite)
+        written.set()
+
+    monkeypatch.setattr(DeviceLoop, "run", run_and_wait)
+    monkeypatch.setattr(writing, "write_file", write_and_say)
+    told: list[Path] = []
+    options = RunOptions(prompt=PROMPT, bundle=built["whole"].path, num_images=3, steps=2, seed=3, output=tmp_path)
+    report = Runner(Console(quiet=True)).run(options, told.append)
+    assert [str(path) for path in told] == report.images and report.seeds == [3, 4, 5]
+    expected = pipeline(PROMPT, seed=3, num_inference_steps=2, num_images_per_prompt=3).images
+    for path, image in zip(told, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(image))
     pipeline.close()
     assert device.live == {}
 
