@@ -140,7 +140,7 @@ class Check:
         yield {"model": model, "precision": precision, "bytes": size, "gb_per_s": size / seconds / 1e9}
 
     def _tests(self, _: dict[str, Any]) -> Iterator[Any]:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n0", "-p", "no:cacheprovider", "tests"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if re.search(r"^FAILED|^ERROR| in \d", line)]
         yield {"exit": done.returncode, "lines": lines[-20:], "errors": done.stderr.splitlines()[-3:]}
