@@ -2,10 +2,10 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from export.host import for_onnx_runtime
 from export.trace import OPSET, trace
 from flux2_trt.models import published_spec
+from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 
 TINY = published_spec("tiny")
 SMALL = replace(
@@ -33,13 +34,14 @@ SIZES = {"batch": 2, "tokens": 12, "text_tokens": 4, "all_tokens": 16, "steps": 
 SIZES |= {"latent_height": 4, "latent_width": 3, "height": 32, "width": 48}
 
 
-def ran(model: onnx.ModelProto, inputs: dict) -> list:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)
+def ran(model: onnx.ModelProto, inputs: dict, folder: Path) -> list:
+    plan = folder / "plan.onnx"
+    plan.write_bytes(model.SerializeToString())
+    return list(OnnxRuntimeEngine(plan, folder / "none.safetensors").run(inputs).values())
 
 
 @pytest.mark.parametrize("component", FUSED)
-def test_components_come_out_the_same(component):
+def test_components_come_out_the_same(component, tmp_path):
     graph = trace(component, SMALL)
     model = for_onnx_runtime(graph.model, SMALL.transformer.num_heads)
     operators = Counter(node.op_type for node in model.graph.node)
@@ -56,7 +58,9 @@ def test_components_come_out_the_same(component):
         positive = value.name == "image" or value.name.endswith("var")
         drawn = rng.random(shape) if positive else rng.standard_normal(shape)
         inputs[value.name] = (scale * drawn).astype(dtype)
-    for mine, expected in zip(ran(model, inputs), ReferenceEvaluator(graph.model).run(None, inputs), strict=True):
+    for mine, expected in zip(
+        ran(model, inputs, tmp_path), ReferenceEvaluator(graph.model).run(None, inputs), strict=True
+    ):
         assert mine.shape == expected.shape
         spread = np.abs(expected.astype(np.float64)).max()
         atol = 1.0 if expected.dtype == np.uint8 else 1e-4 * spread
@@ -64,7 +68,7 @@ def test_components_come_out_the_same(component):
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(8, 8), (24, 8), (64, 32), (6, 1)])
-def test_group_norm_is_torchs(channels, groups):
+def test_group_norm_is_torchs(channels, groups, tmp_path):
     values = {"x": ["b", channels, "h", "w"], "scale": [channels], "bias": [channels], "y": ["b", channels, "h", "w"]}
     x, scale, bias, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in values.items())
     node = helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=groups, epsilon=1e-3)
@@ -77,7 +81,7 @@ def test_group_norm_is_torchs(channels, groups):
     inputs = {name: rng.normal(0.3, 2.0, shape).astype(np.float32) for name, shape in shapes.items()}
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     expected = torch.nn.functional.group_norm(tensors["x"], groups, tensors["scale"], tensors["bias"], eps=1e-3)
-    np.testing.assert_allclose(ran(fused, inputs)[0], expected.numpy(), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(ran(fused, inputs, tmp_path)[0], expected.numpy(), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("attributes", [{"is_causal": 1}, {"scale": 0.5}, {"softcap": 10.0}])
