@@ -143,7 +143,7 @@ def test_one_command_measures_and_reports(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         running.wait(timeout=15)
     running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=60)
+    said, _ = running.communicate(timeout=240)  # a busy machine is slow to write the report
     assert running.returncode == json.loads(said)["exit_code"] == 130
     assert json.loads(said)["error"] == "interrupted; cut.json has what was measured until then"
     cut = read_result(tmp_path / "cut.json")
