@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from export.modules.autoencoder import PICTURE_CHANNELS, VaeDecoder, VaeEncoder
-from export.tiny.batches import loader
+from export.tiny.batches import drawn
 from export.tiny.config import AutoencoderConfig, AutoencoderPhase
 from export.tiny.dataset import sample
 from export.tiny.optimizer import Optimizer, schedule_factor
@@ -38,19 +38,8 @@ def pictures(rng: np.random.Generator, count: int, side: int, collages: float) -
     return torch.from_numpy(np.stack([render(scene, side, side) for scene in scenes]))
 
 
-class AutoencoderSteps(Dataset[Tensor]):
-    """The pictures of each step."""
-
-    def __init__(self, config: AutoencoderConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        self.phases: list[AutoencoderPhase] = [phase for phase in config.phases for _ in range(phase.steps)]
-
-    def __len__(self) -> int:
-        return len(self.phases)
-
-    def __getitem__(self, step: int) -> Tensor:
-        phase = self.phases[step]
-        return pictures(np.random.default_rng((self.seed, step)), phase.batch, phase.side, self.config.collages)
+def _draw(phases: list[AutoencoderPhase], collages: float, rng: np.random.Generator, step: int) -> Tensor:
+    return pictures(rng, phases[step].batch, phases[step].side, collages)
 
 
 def train_autoencoder(
@@ -71,10 +60,11 @@ def train_autoencoder(
     parameters = [*encoder.parameters(), *decoder.parameters()]
     kernels = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) > PICTURE_CHANNELS]
     optimizer = Optimizer(parameters, kernels, config.muon_learning_rate, config.adam_learning_rate)
-    steps = AutoencoderSteps(config, seed)
-    total = len(steps)
-    for step, drawn in enumerate(loader(steps, 0, total, workers, pin=device.type == "cuda"), start=1):
-        target = drawn.to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1.0
+    phases = [phase for phase in config.phases for _ in range(phase.steps)]
+    total = len(phases)
+    draw = partial(_draw, phases, config.collages)
+    for step, shown in enumerate(drawn(draw, seed, range(total), device, workers), start=1):
+        target = shown.to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1.0
         mean = encoder.encoder(target).chunk(2, dim=1)[0]
         scale = mean.std(dim=(0, 2, 3), keepdim=True)
         noise = config.noise * torch.rand(len(mean), 1, 1, 1, device=device) * torch.randn_like(mean)

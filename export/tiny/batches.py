@@ -5,9 +5,9 @@ Every sample is new. What a step is shown depends on the seed and the step alone
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from flux2_trt.latents import position_ids, rotary_tables
 from flux2_trt.spec import ModelSpec
 from flux2_trt.text import PromptTokenizer
 
+T = TypeVar("T")
 Size = tuple[int, int]
 """Width and height in pixels."""
 
@@ -56,12 +57,8 @@ class Drawing(NamedTuple):
     colors: Tensor
     centers: Tensor
 
-    def to(self, device: torch.device) -> Drawing:
-        """The same on `device`, in memory of its own."""
-
-        def change(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=True)
-
+    def map(self, change: Callable[[Tensor], Tensor]) -> Drawing:
+        """`change` of every tensor."""
         changed = {name: change(value) for name, value in self._asdict().items() if name != "references"}
         return Drawing(**changed, references=tuple(map(change, self.references)))
 
@@ -98,11 +95,8 @@ def draw_samples(
     reference_sizes: Sequence[Size],
     spec: ModelSpec,
     tokenizer: PromptTokenizer,
-    empty: Sequence[bool] | None = None,
 ) -> Drawing:
-    """Render samples of one kind at `size`, their references at sizes of their own, with no prompt where `empty`."""
-    if empty is None:
-        empty = [False] * len(samples)
+    """Render samples of one kind at `size`, their references at sizes of their own."""
     scenes = [(each.target, *each.references) for each in samples]
     pictures = np.stack([np.stack([render(scene, *size) for scene in row]) for row in scenes])
     references = tuple(
@@ -111,7 +105,7 @@ def draw_samples(
         else np.stack([render(each.references[index - 1], *own) for each in samples])
         for index, own in enumerate(reference_sizes, start=1)
     )
-    prompts = tokenizer(["" if none else each.prompt for each, none in zip(samples, empty, strict=True)])
+    prompts = tokenizer([each.prompt for each in samples])
     side = spec.autoencoder.pixels_per_token
     (height, width), *grids = [(tall // side, wide // side) for wide, tall in (size, *reference_sizes)]
     ids = position_ids(prompts.input_ids.shape[1], height, width, grids)
@@ -151,7 +145,7 @@ def encode(drawing: Drawing, encoder: VaeEncoder) -> Batch:
     cells = F.avg_pool2d(differs[:, :1], side // CELLS)
     changed = (pictures[:, 1:] != pictures[:, :1]).any(dim=-1).unflatten(3, (-1, side)).unflatten(2, (-1, side))
     new = changed.any(dim=5).any(dim=3).flatten(2)
-    target, *references = (_tokens(each, encoder) for each in (pictures[:, 0], *drawing.references))
+    target, *references = (encoder(each).flatten(1, 2) for each in (pictures[:, 0], *drawing.references))
     return Batch(
         target=target,
         references=torch.cat(references, dim=1) if references else target[:, :0],
@@ -166,11 +160,6 @@ def encode(drawing: Drawing, encoder: VaeEncoder) -> Batch:
     )
 
 
-def _tokens(pictures: Tensor, encoder: VaeEncoder) -> Tensor:
-    """`pictures` [B, H, W, 3] uint8 as latent tokens [B, N, C]."""
-    return encoder(pictures).flatten(1, 2)
-
-
 def token_labels(drawing: Drawing, shown: Tensor) -> tuple[Tensor, Tensor]:
     """`Batch.shape` and `Batch.color` of targets that show their things at `shown` [B, h, w]: the nearest thing's."""
     _, height, width = shown.shape
@@ -183,17 +172,15 @@ def token_labels(drawing: Drawing, shown: Tensor) -> tuple[Tensor, Tensor]:
     return shape, torch.where(there, drawing.colors.gather(1, nearest), drawing.background[:, None])
 
 
-class FlowSteps(Dataset[dict[Kind, Drawing]]):
-    """What each step of the flow model's training is shown: a drawing of every kind, each at a size of its own."""
+@dataclass(frozen=True)
+class FlowDrawings:
+    """What a step of the flow model's training is shown: a drawing of every kind, each at a size of its own."""
 
-    def __init__(self, config: FlowConfig, seed: int, spec: ModelSpec, tokenizer: PromptTokenizer) -> None:
-        self.config, self.seed, self.spec, self.tokenizer = config, seed, spec, tokenizer
+    config: FlowConfig
+    spec: ModelSpec
+    tokenizer: PromptTokenizer
 
-    def __len__(self) -> int:
-        return self.config.steps
-
-    def __getitem__(self, step: int) -> dict[Kind, Drawing]:
-        rng = np.random.default_rng((self.seed, step))
+    def __call__(self, rng: np.random.Generator, step: int) -> dict[Kind, Drawing]:
         return {kind: self._draw(rng, kind, count) for kind, count in self.config.batch.items()}
 
     def _draw(self, rng: np.random.Generator, kind: Kind, at_default: int) -> Drawing:
@@ -205,16 +192,33 @@ class FlowSteps(Dataset[dict[Kind, Drawing]]):
         samples = [sample(rng, kind=kind) for _ in range(count)]
         reference_sizes = [reference_size] * len(samples[0].references)
         empty = rng.random(count) < config.prompt_dropout
-        return draw_samples(samples, size, reference_sizes, self.spec, self.tokenizer, empty.tolist())
+        shown = [replace(each, prompt="") if none else each for each, none in zip(samples, empty, strict=True)]
+        return draw_samples(shown, size, reference_sizes, self.spec, self.tokenizer)
 
 
-def loader(steps: Dataset[Any], first: int, last: int, workers: int, pin: bool) -> Iterable[Any]:
-    """The items `first` to `last` of `steps` in order, made ahead by `workers` processes, or here if there are none."""
+Draw = Callable[[np.random.Generator, int], T]
+"""What a step, counted from 0, is shown; all chance comes from the generator, which is of the seed and the step."""
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[T]):
+    draw: Draw[T]
+    seed: int
+
+    def __getitem__(self, step: int) -> T:
+        return self.draw(np.random.default_rng((self.seed, step)), step)
+
+
+def drawn(draw: Draw[T], seed: int, steps: range, device: torch.device, workers: int) -> Iterable[T]:
+    """What `draw` makes of each of `steps`, in order: ahead by `workers` processes, or here if there are none.
+
+    Tensors are pinned where they go to a GPU.
+    """
     return DataLoader(
-        steps,
+        _Steps(draw, seed),
         batch_size=None,
-        sampler=range(first, last),
+        sampler=steps,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        pin_memory=pin,
+        pin_memory=device.type == "cuda",
     )

@@ -48,7 +48,8 @@ def torch_generator(
     @torch.no_grad()
     def generate(samples: Sequence[Sample], seeds: Sequence[int]) -> Pictures:
         sizes = [config.size] * len(samples[0].references)
-        batch = encode(draw_samples(samples, config.size, sizes, spec, tokenizer).to(device), encoder)
+        drawing = draw_samples(samples, config.size, sizes, spec, tokenizer)
+        batch = encode(drawing.map(lambda tensor: tensor.to(device)), encoder)
         levels = torch.from_numpy(sigmas(config.num_inference_steps, count)).float().to(device)
         table, text_tokens = model.conditioning(levels[:-1], model.text_encoder(batch.input_ids, batch.attention_mask))
         noise = noise_batch(seeds, spec.transformer.in_channels, height, width)

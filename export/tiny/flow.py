@@ -14,7 +14,7 @@ from export.modules.autoencoder import VaeEncoder
 from export.modules.conditioning import Conditioning
 from export.modules.text_encoder import TextEncoder
 from export.modules.transformer import Transformer
-from export.tiny.batches import CELLS, TOKEN_COLORS, TOKEN_SHAPES, Batch, Drawing, FlowSteps, encode, loader
+from export.tiny.batches import CELLS, TOKEN_COLORS, TOKEN_SHAPES, Batch, Drawing, FlowDrawings, drawn, encode
 from export.tiny.config import FlowConfig
 from export.tiny.dataset import Kind
 from export.tiny.optimizer import Optimizer, has_bfloat16, schedule_factor
@@ -94,7 +94,7 @@ class Part:
 
     def __init__(self, trainer: FlowTrainer, drawing: Drawing, share: float) -> None:
         self.trainer, self.share = trainer, share
-        self.drawing = drawing.to(trainer.device)
+        self.drawing = drawing.map(lambda tensor: torch.empty_like(tensor, device=trainer.device))
         count, _, height, width, _ = drawing.pictures.shape
         tokens = height * width // trainer.spec.autoencoder.pixels_per_token**2
         self.uniform = torch.empty(count, device=trainer.device)
@@ -164,7 +164,7 @@ class FlowTrainer:
     ) -> None:
         torch.manual_seed(seed)
         self.spec, self.config, self.seed, self.encoder = spec, config, seed, encoder
-        self.drawings = FlowSteps(config, seed, spec, tokenizer)
+        self.drawings = FlowDrawings(config, spec, tokenizer)
         self.device = encoder.encoder.conv_in.weight.device
         self.bfloat16 = has_bfloat16(self.device)
         self.model = FlowModel(spec).to(self.device)
@@ -188,12 +188,12 @@ class FlowTrainer:
         self, log: Callable[[str], None], workers: int = 0, goes_on: Callable[[FlowTrainer], bool] = lambda _: True
     ) -> None:
         """Train to the end, or until `goes_on`, which is asked after every step, says no."""
-        steps = loader(self.drawings, self.step, self.config.steps, workers, pin=self.device.type == "cuda")
+        steps = range(self.step, self.config.steps)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        if self.step < self.config.steps and name not in self.devices:
+        if steps and name not in self.devices:
             self.devices.append(name)
         started, before = time.monotonic(), self.seconds
-        for drawings in steps:
+        for drawings in drawn(self.drawings, self.seed, steps, self.device, workers):
             losses = self.train_step(drawings)
             self.seconds = before + time.monotonic() - started
             if self.step % 100 == 0 or self.step == self.config.steps:

@@ -7,15 +7,15 @@ afterwards, reads the facts of a prompt from the embeds at its last token and at
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from export.modules.text_encoder import TextEncoder
-from export.tiny.batches import loader
+from export.tiny.batches import drawn
 from export.tiny.config import TextConfig
 from export.tiny.dataset import OPERATIONS, Sample, sample
 from export.tiny.optimizer import Optimizer, has_bfloat16, schedule_factor
@@ -91,20 +91,6 @@ class Reader(nn.Module):
         return list(logits.split([1 + len(values) for values in FACTS.values()], dim=1))
 
 
-class TextSteps(Dataset[tuple[Tensor, ...]]):
-    """The prompts of each step, and what they say: the tuple of `_batch`."""
-
-    def __init__(self, config: TextConfig, seed: int, tokenizer: PromptTokenizer) -> None:
-        self.config, self.seed, self.tokenizer = config, seed, tokenizer
-
-    def __len__(self) -> int:
-        return self.config.steps
-
-    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
-        rng = np.random.default_rng((self.seed, step))
-        return _batch([sample(rng) for _ in range(self.config.batch)], self.tokenizer)
-
-
 def train_text_encoder(
     spec: TextEncoderSpec,
     config: TextConfig,
@@ -120,8 +106,8 @@ def train_text_encoder(
     bfloat16 = has_bfloat16(device)
     matrices = [p for n, p in reader.named_parameters() if p.ndim == 2 and "layers." in n]
     optimizer = Optimizer(reader.parameters(), matrices, config.muon_learning_rate, config.adam_learning_rate)
-    steps = loader(TextSteps(config, seed, tokenizer), 0, config.steps, workers, pin=device.type == "cuda")
-    for step, batch in enumerate(steps, start=1):
+    draw = partial(_draw, config.batch, tokenizer)
+    for step, batch in enumerate(drawn(draw, seed, range(config.steps), device, workers), start=1):
         input_ids, attention_mask, labels, summary = (values.to(device, non_blocking=True) for values in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = reader(input_ids, attention_mask)
@@ -138,6 +124,10 @@ def train_text_encoder(
             log(f"text encoder {step}/{config.steps} loss {loss.item():.4f}")
     log(f"text encoder reads {reading_share(reader, tokenizer, config.held_out, seed):.4f} of held-out prompts right")
     return reader.text_encoder.eval()
+
+
+def _draw(count: int, tokenizer: PromptTokenizer, rng: np.random.Generator, _step: int) -> tuple[Tensor, ...]:
+    return _batch([sample(rng) for _ in range(count)], tokenizer)
 
 
 def _batch(samples: list[Sample], tokenizer: PromptTokenizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from export.modules.autoencoder import VaeEncoder
 from export.modules.text_encoder import TextEncoder
-from export.tiny.batches import TOKEN_COLORS, TOKEN_SHAPES, FlowSteps, draw_samples, encode, token_labels
+from export.tiny.batches import TOKEN_COLORS, TOKEN_SHAPES, FlowDrawings, draw_samples, drawn, encode, token_labels
 from export.tiny.config import FlowConfig
 from export.tiny.dataset import Sample, sample, vocabulary
 from export.tiny.flow import FlowTrainer
@@ -126,16 +126,17 @@ def test_a_few_samples_can_be_learned_by_heart(tokenizer, encoder):
 def test_references_of_another_size_have_tokens_and_positions_of_their_own(tokenizer, encoder):
     rng = np.random.default_rng(8)
     edits = [sample(rng, kind="edit") for _ in range(2)]
-    batch = encode(draw_samples(edits, (192, 128), [(128, 160)], TINY, tokenizer, empty=[False, True]), encoder)
+    shown = [edits[0], replace(edits[1], prompt="")]
+    batch = encode(draw_samples(shown, (192, 128), [(128, 160)], TINY, tokenizer), encoder)
     assert batch.target.shape == (2, 12 * 8, 32)
     assert batch.references.shape == (2, 8 * 10, 32)
     length = batch.input_ids.shape[1]
     ids = position_ids(length, 8, 12, [(10, 8)])
     tables = rotary_tables(ids, TINY.transformer.axes_dim, TINY.transformer.theta)
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(batch.tables, tables, strict=True))
-    shown = torch.from_numpy(render(edits[0].references[0], 128, 160))[None]
+    pixels = torch.from_numpy(render(edits[0].references[0], 128, 160))[None]
     with torch.no_grad():
-        expected = encoder(shown).flatten(1, 2)
+        expected = encoder(pixels).flatten(1, 2)
     assert torch.allclose(
         batch.references[:1], expected, atol=0.01
     )  # convolutions of two pictures differ from those of one
@@ -144,9 +145,9 @@ def test_references_of_another_size_have_tokens_and_positions_of_their_own(token
 
 def test_what_a_step_is_shown_depends_on_seed_and_step_alone_and_fits_its_size(tokenizer):
     config = FlowConfig(batch={"text": 2, "edit": 8}, default_share=0.5, default_reference_share=0.5)
-    sizes = set()
-    for step in range(12):
-        drawings, again, other = (FlowSteps(config, seed, TINY, tokenizer)[step] for seed in (0, 0, 1))
+    draw, sizes = FlowDrawings(config, TINY, tokenizer), set()
+    shown = (drawn(draw, seed, range(12), torch.device("cpu"), workers=0) for seed in (0, 0, 1))
+    for drawings, again, other in zip(*shown, strict=True):
         for kind, count in config.batch.items():
             drawing = drawings[kind]
             pairs = zip(drawing.tensors(), again[kind].tensors(), strict=True)
