@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,16 +135,25 @@ def test_one_command_measures_and_reports(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flux2_trt.cli", "bench", *SMALL, "--json"]
     many = [*command, "-o", "cut.json", "--repeats", "100000"]
     running = subprocess.Popen(
-        many, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        many,
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored under a shell's &
     )
-    assert running.stderr is not None
-    for text in running.stderr:
-        if text.startswith("single-stream"):
-            break
-    with pytest.raises(subprocess.TimeoutExpired):
-        running.wait(timeout=15)
-    running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=240)  # a busy machine is slow to write the report
+    try:
+        assert running.stderr is not None
+        for text in running.stderr:
+            if text.startswith("single-stream"):
+                break
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(timeout=15)
+        running.send_signal(signal.SIGINT)
+        said, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == json.loads(said)["exit_code"] == 130
     assert json.loads(said)["error"] == "interrupted; cut.json has what was measured until then"
     cut = read_result(tmp_path / "cut.json")
