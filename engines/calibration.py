@@ -15,7 +15,7 @@ from export.conversion import NO_SCALES, Scales
 from export.quantize import FP8_MAX
 from export.recipes import QUANTIZED_LINEARS, Recipe
 from flux2_trt.errors import UsageError
-from flux2_trt.images import load_reference, prepare_reference, reference_max_area
+from flux2_trt.images import as_reference, load_reference
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.naming import FAMILY_OF
 from flux2_trt.spec import ModelSpec
@@ -78,10 +78,9 @@ def folder_samples(folder: Path, spec: ModelSpec, count: int) -> list[Calibratio
     pairs = [(path, path.with_suffix(".txt")) for path in paths if path.with_suffix(".txt").is_file()]
     if not pairs:
         raise UsageError(f"{folder} has no picture with a prompt beside it; add some: cat.png and cat.txt")
-    area, multiple = reference_max_area(1, cap=spec.sampling.max_reference_area), spec.autoencoder.pixels_per_token
     chosen: list[CalibrationSample] = []
     for picture, prompt in pairs[:count]:
-        pixels: Pixels = prepare_reference(load_reference(picture), area, multiple, spec.sampling.max_reference_side)
+        pixels: Pixels = as_reference(load_reference(picture), spec, count=1)
         references = (chosen[-1].picture,) if len(chosen) % 2 else ()
         chosen.append(CalibrationSample(prompt.read_text(encoding="utf-8").strip(), pixels, references))
     return chosen

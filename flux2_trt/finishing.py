@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,20 @@ class Finished:
     refused: str | None
 
 
+class InPlace(Executor):
+    """Does what it is given at once, on the caller's thread, where it also raises."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def executor_of(threads: int, name: str) -> Executor:
+    """`threads` threads with names that begin with `name`; none work in place."""
+    return ThreadPoolExecutor(threads, name) if threads else InPlace()
+
+
 class Finishing:
     """Pictures on their way from latents, in order; `overlaps`: by a thread, while the next one is denoised.
 
@@ -53,17 +68,17 @@ class Finishing:
         overlaps: bool,
     ) -> None:
         self._decode, self._hand_on, self._stop = decode, hand_on, stop
-        self._executor = ThreadPoolExecutor(1, "finish") if overlaps else None
+        self._executor = executor_of(1 if overlaps else 0, "finish")
         self._decoded: list[Future[NDArray[Any]]] = []
         self._finished: list[Future[Finished]] = []
 
     def decode(self, latents: Floats) -> None:
-        self._decoded.append(self._do(lambda: self._decode(latents)))
+        self._decoded.append(self._executor.submit(self._decode, latents))
 
     def hand_on(self) -> None:
         """The picture that was decoded last."""
         index, decoded = len(self._finished), self._decoded[-1]
-        self._finished.append(self._do(lambda: self._hand_on(index, decoded.result())))
+        self._finished.append(self._executor.submit(lambda: self._hand_on(index, decoded.result())))
 
     def require_sound(self) -> None:
         """Raises what went wrong with a picture."""
@@ -84,12 +99,4 @@ class Finishing:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             self._stop()
-        if self._executor:
-            self._executor.shutdown(cancel_futures=True)
-
-    def _do(self, task: Callable[[], T]) -> Future[T]:
-        if self._executor:
-            return self._executor.submit(task)
-        done: Future[T] = Future()
-        done.set_result(task())
-        return done
+        self._executor.shutdown(cancel_futures=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from flux2_trt.errors import ImageError, UsageError
-from flux2_trt.spec import SamplingSpec
+from flux2_trt.spec import ModelSpec, SamplingSpec
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # A camera's JPEG that carries further views or previews after the picture itself; Pillow opens it under "JPEG".
@@ -162,6 +162,13 @@ def prepare_reference(
     crop_width, crop_height = width // multiple * multiple, height // multiple * multiple
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return np.array(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.uint8)
+
+
+def as_reference(image: Image.Image, spec: ModelSpec, count: int) -> NDArray[np.uint8]:
+    """`prepare_reference` within the limits of a model, for one of `count` references."""
+    limits = spec.sampling
+    area = reference_max_area(count, cap=limits.max_reference_area)
+    return prepare_reference(image, area, spec.autoencoder.pixels_per_token, limits.max_reference_side)
 
 
 def check_size(width: int, height: int, spec: SamplingSpec, multiple: int = 16) -> None:

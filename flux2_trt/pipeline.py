@@ -20,7 +20,7 @@ from PIL import Image
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, Interrupted, UsageError
 from flux2_trt.finishing import Finished, Finishing, PictureCallback, PictureSettings
-from flux2_trt.images import check_size, load_reference, prepare_reference, reference_max_area
+from flux2_trt.images import as_reference, check_size, load_reference
 from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
 from flux2_trt.noise import noise_batch, picture_seeds
 from flux2_trt.runtime.choice import find_runnable
@@ -345,12 +345,10 @@ class Flux2Pipeline:
         return [shared for _ in range(count)]
 
     def _prepared(self, group: list[Reference]) -> list[NDArray[np.uint8]]:
-        area = reference_max_area(len(group), cap=self.spec.sampling.max_reference_area)
-        multiple, side = self.spec.autoencoder.pixels_per_token, self.spec.sampling.max_reference_side
         loaded = [load_reference(item) for item in group]
         if self.content_checks is not None:
             self.content_checks.require_references(loaded)
-        return [prepare_reference(picture, area, multiple, side) for picture in loaded]
+        return [as_reference(picture, self.spec, len(group)) for picture in loaded]
 
     def _size(
         self,

@@ -410,7 +410,7 @@ def _load_references(options: RunOptions) -> tuple[list[Image.Image], list[str]]
 
 def _checked(options: RunOptions, spec: ModelSpec, references: list[Image.Image]) -> RunOptions:
     """The options with the size of the reference that is to be matched. Raises UsageError for what `spec` cannot do."""
-    from flux2_trt.images import check_size, prepare_reference, reference_max_area
+    from flux2_trt.images import as_reference, check_size
     from flux2_trt.schedule import sigmas
 
     sampling, multiple = spec.sampling, spec.autoencoder.pixels_per_token
@@ -423,9 +423,7 @@ def _checked(options: RunOptions, spec: ModelSpec, references: list[Image.Image]
             raise UsageError(
                 f"match-image {options.match_image} is not there; {len(references)} reference(s) were given"
             )
-        area = reference_max_area(len(references), cap=sampling.max_reference_area)
-        asked = references[options.match_image - 1]
-        height, width, _ = prepare_reference(asked, area, multiple, sampling.max_reference_side).shape
+        height, width, _ = as_reference(references[options.match_image - 1], spec, len(references)).shape
         options = replace(options, width=width, height=height)
     check_size(options.width or sampling.width, options.height or sampling.height, sampling, multiple)
     if options.steps is not None and options.sigmas is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from flux2_trt.finishing import PictureSettings
+from flux2_trt.finishing import PictureSettings, executor_of
 from flux2_trt.imprint import File
 from flux2_trt.outputs import format_of, write_file
 from flux2_trt.watermark import Pixels
@@ -47,21 +47,17 @@ class Writing:
     ) -> None:
         """`imprinted`: the file of pixels u8 [H, W, 3] in a format of `outputs.FORMATS`."""
         self._names, self._imprinted, self._on_written, self._warn = names, imprinted, on_written, warn
-        self._executor = ThreadPoolExecutor(threads, "write") if threads else None
+        self._executor, self._in_place = executor_of(threads, "write"), not threads
         self._taken: list[_Taken] = []
         self._told = 0
         self.watermark_bits: list[int | None] = []
         """Of each file, once it was told."""
 
     def put(self, settings: PictureSettings, image: Image.Image, refused: str | None) -> None:
-        name, file = self._names[settings.index], None
-        if not refused and self._executor:
-            file = self._executor.submit(self._write, name, settings, image)
-        elif not refused:
-            file = Future[File]()
-            file.set_result(self._write(name, settings, image))
+        name = self._names[settings.index]
+        file = None if refused else self._executor.submit(self._write, name, settings, image)
         self._taken.append(_Taken(settings.index + 1, name, refused, file))
-        if not self._executor:
+        if self._in_place:
             self.tell()
 
     def tell(self, wait: bool = False) -> None:
@@ -82,8 +78,7 @@ class Writing:
             if kind is None:
                 self.tell(wait=True)
         finally:
-            if self._executor:
-                self._executor.shutdown(cancel_futures=True)
+            self._executor.shutdown(cancel_futures=True)
             for taken in self._taken[self._told :]:
                 if taken.file is None:
                     self._say(taken, None)
