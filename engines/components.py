@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from export.quantize import quantize
 from export.recipes import Recipe
 from export.simulation import simulate_nvfp4
 from export.tensor_source import TensorSource
-from export.trace import trace, trace_parts
+from export.tracing import Tracing
 from export.weights import place_external, read_spans, write_weights
 from flux2_trt.bundle import Bundle
 from flux2_trt.draft import Draft
@@ -168,43 +168,58 @@ def make(
         for family in dict.fromkeys(FAMILY_OF[component] for component in job.components):
             opened[family] = job.source.open(family)
     records = []
-    for component in job.components:
-        started = time.monotonic()
-        if base:
-            source = opened[FAMILY_OF[component]]
-            touched, scales = job.source.touched, job.scales
-            inherited = inherit(draft, base, component, touched, source, scales, compiler.on_progress)
-            if inherited is not None:
+    helpers = 0 if base else None  # with a base, most is taken over
+    with Tracing(job.source.spec, job.recipe.dtype, job.components, helpers) as tracing:
+        for component in job.components:
+            started, source = time.monotonic(), opened.get(FAMILY_OF[component])
+            inherited = None
+            if base and source:
+                inherited = inherit(
+                    draft, base, component, job.source.touched, source, job.scales, compiler.on_progress
+                )
+            if inherited is None:
+                records += _made(draft, job, compiler, component, source, tracing, seconds)
+            else:
                 records += inherited
                 seconds[inherited[0].name] = round(time.monotonic() - started, 2)
-                continue
-        compiler.on_progress(f"tracing {component}")
-        whole, plans = _graphs(job, component)
-        weights = None
-        if job.writes_weights:
-            compiler.on_progress(f"writing the weights of {component}")
-            path = draft.weights_path(component)
-            write_weights(whole, opened[FAMILY_OF[component]], path, job.scales, draft.journal_path(component))
-            if job.placement != "embedded" or job.prepares:
-                weights = draft.record(path)
-        ranges = profiles(component, job.source.spec, job.shapes) if job.target.compute_capability else ()
-        for name, graph in plans.items():
-            piece = Piece(name, graph, ranges, job.placement, weights)
-            records.append(_keep(draft, piece) if job.prepares else compiler.compile(draft, piece))
-            seconds[name] = round(time.monotonic() - started, 2)
-            started = time.monotonic()
     return records
 
 
-def _graphs(job: Job, component: Component) -> tuple[Graph, dict[str, Graph]]:
+def _made(
+    draft: Draft,
+    job: Job,
+    compiler: Compiler,
+    component: Component,
+    source: TensorSource | None,
+    tracing: Tracing,
+    seconds: dict[str, float],
+) -> Iterator[ComponentRecord]:
+    started = time.monotonic()
+    compiler.on_progress(f"tracing {component}")
+    whole, plans = _graphs(job, component, tracing.parts(component))
+    weights = None
+    if source:
+        compiler.on_progress(f"writing the weights of {component}")
+        path = draft.weights_path(component)
+        write_weights(whole, source, path, job.scales, draft.journal_path(component))
+        if job.placement != "embedded" or job.prepares:
+            weights = draft.record(path)
+    ranges = profiles(component, job.source.spec, job.shapes) if job.target.compute_capability else ()
+    for name, graph in plans.items():
+        piece = Piece(name, graph, ranges, job.placement, weights)
+        yield _keep(draft, piece) if job.prepares else compiler.compile(draft, piece)
+        seconds[name] = round(time.monotonic() - started, 2)
+        started = time.monotonic()
+
+
+def _graphs(job: Job, component: Component, parts: Mapping[str, Graph]) -> tuple[Graph, dict[str, Graph]]:
     """The graph of a component, quantized, and those that are compiled, by the names of their records."""
-    spec, dtype = job.source.spec, job.recipe.dtype
+    whole = quantize(assemble(component, job.source.spec, job.recipe.dtype, parts), job.recipe)
     if component != "transformer" or job.layout == "whole":
-        whole = quantize(trace(component, spec, dtype), job.recipe)
         return whole, {component: whole}
-    parts = trace_parts(component, spec, dtype)
-    plans = {f"{component}.{name}": quantize(parts[name], job.recipe) for name in TRANSFORMER_PARTS if name in parts}
-    return quantize(assemble(component, spec, dtype, parts), job.recipe), plans
+    return whole, {
+        f"{component}.{name}": quantize(parts[name], job.recipe) for name in TRANSFORMER_PARTS if name in parts
+    }
 
 
 def _keep(draft: Draft, piece: Piece) -> ComponentRecord:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 
@@ -73,11 +74,18 @@ class Assembly:
         self._last = [_copy(value, result) for value, result in zip(source.output, results, strict=True)]
         return results
 
-    def finish(self) -> Graph:
-        """The whole; its outputs are those of the last part. Raises onnx.checker.ValidationError if it is no model."""
+    def append(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Append one operator, which needs no tracing; returns `output`."""
+        self.model.graph.node.append(onnx.helper.make_node(operator, inputs, [output], output, **attributes))
+        self._known.add(output)
+        return output
+
+    def finish(self, outputs: Sequence[onnx.ValueInfoProto] = ()) -> Graph:
+        """The whole, with the outputs of its last part or others. Raises onnx.checker.ValidationError if it is no
+        model."""
         self.model.graph.name = self.component
         self.model.graph.input.extend(self._parameters)
-        self.model.graph.output.extend(self._last)
+        self.model.graph.output.extend(outputs or self._last)
         onnx.checker.check_model(self.model, full_check=True)
         return Graph(self.component, self.model, self.weights, self.attentions)
 

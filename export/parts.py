@@ -1,8 +1,8 @@
-"""Parts: the transformer and the text encoder as functions that are traced one by one.
+"""Parts: components as functions that are traced one by one, each kind of block once.
 
-The parts of the transformer but "join" are also plans of their own, for a card that streams its weights: prologue,
-every double block with the same plan and other weights, every single block likewise, epilogue. "join" is no work where
-text and image stream lie in one buffer.
+The parts of the transformer are also plans of their own, for a card that streams its weights: prologue, every double
+block with the same plan and other weights, every single block likewise, epilogue. Text and image stream lie in one
+buffer there, which is what the whole concatenates.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import onnx
 import torch
 from torch import nn
 
 from export.assembly import Assembly
-from export.examples import SIZES, TORCH_DTYPES, Dims, Example, Input
+from export.examples import SIZES, TORCH_DTYPES, Dims, Example, Input, component_example
 from export.graph import Graph
-from export.modules.text_encoder import TextEncoder, side_by_side
-from export.modules.transformer import Transformer, euler_step, image_tokens, join, row_of
+from export.modules import build_module
+from export.modules.text_encoder import TextEncoder
+from export.modules.transformer import Transformer, euler_step, image_tokens, row_of
 from export.recipes import Dtype
 from flux2_trt.spec import Component, ModelSpec
 
@@ -40,21 +42,19 @@ class Stack:
     assemble: Callable[[Mapping[str, Graph]], Graph]
 
 
-def stack_of(component: Component, spec: ModelSpec, dtype: Dtype) -> Stack | None:
-    """None for a component that is traced in one piece."""
+def stack_of(component: Component, spec: ModelSpec, dtype: Dtype) -> Stack:
     match component:
         case "transformer":
             return _transformer(spec, dtype)
         case "text_encoder":
             return _text_encoder(spec, dtype)
-    return None
+    whole = Part(nn.Module.__call__, component_example(component, spec))
+    return Stack(lambda: build_module(component, spec), {component: whole}, lambda graphs: graphs[component])
 
 
 def assemble(component: Component, spec: ModelSpec, dtype: Dtype, graphs: Mapping[str, Graph]) -> Graph:
-    """The graph of a component from those of its parts."""
-    stack = stack_of(component, spec, dtype)
-    assert stack, f"{component} is one piece"
-    return stack.assemble(graphs)
+    """The graph of a component from those of its parts, as `export.trace.trace_parts` gives them."""
+    return stack_of(component, spec, dtype).assemble(graphs)
 
 
 def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
@@ -99,7 +99,6 @@ def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
             lambda model, *inputs: model.double_blocks[0](*inputs),
             example((img, txt, *rows[:2], *rotary), updated_img=img.dims, updated_txt=txt.dims),
         ),
-        "join": Part(lambda _, txt, img: join(txt, img), example((txt, img), hidden=hidden.dims)),
         "single_block": Part(
             lambda model, *inputs: model.single_blocks[0](*inputs),
             example((hidden, rows[2], *rotary), updated_hidden=hidden.dims),
@@ -131,7 +130,7 @@ def _transformer(spec: ModelSpec, dtype: Dtype) -> Stack:
         for index in range(size.num_double_blocks):
             inputs = [img, txt, img_row, txt_row, "cos", "sin"]
             img, txt = whole.add(graphs["double_block"], f"double_blocks.{index}", inputs)
-        (hidden,) = whole.add(graphs["join"], "join", [txt, img])
+        hidden = whole.append("Concat", [txt, img], "hidden", axis=1)
         for index in range(size.num_single_blocks):
             inputs = [hidden, single_row, "cos", "sin"]
             (hidden,) = whole.add(graphs["single_block"], f"single_blocks.{index}", inputs)
@@ -149,11 +148,8 @@ def _text_encoder(spec: ModelSpec, dtype: Dtype) -> Stack:
     size, compute = spec.text_encoder, TORCH_DTYPES[dtype]
     assert size
 
-    def state(name: str) -> Input:
-        return Input(name, ("batch", "text_tokens", size.hidden_size), compute)
-
     ids, mask = (Input(name, ("batch", "text_tokens"), torch.int64) for name in ("input_ids", "attention_mask"))
-    x = state("x")
+    x = Input("x", ("batch", "text_tokens", size.hidden_size), compute)
     context = (
         *(Input(name, ("text_tokens", size.head_dim // 2)) for name in ("cos", "sin")),
         Input("visible", ("batch", 1, "text_tokens", "text_tokens"), torch.bool),
@@ -164,14 +160,6 @@ def _text_encoder(spec: ModelSpec, dtype: Dtype) -> Stack:
         "layer": Part(
             lambda model, *inputs: model.layers[0](*inputs), Example((x, *context), {"updated_x": x.dims}, SIZES)
         ),
-        "side_by_side": Part(
-            lambda _, *states: side_by_side(*states),
-            Example(
-                tuple(state(f"state_{index}") for index in range(len(size.hidden_states))),
-                {"prompt_embeds": x.dims},
-                SIZES,
-            ),
-        ),
     }
 
     def assemble(graphs: Mapping[str, Graph]) -> Graph:
@@ -180,8 +168,9 @@ def _text_encoder(spec: ModelSpec, dtype: Dtype) -> Stack:
         states = [first]
         for index in range(size.num_layers):
             states += whole.add(graphs["layer"], f"layers.{index}", [states[-1], *values])
-        chosen = [states[index] for index in size.hidden_states]
-        whole.add(graphs["side_by_side"], "side_by_side", chosen, ["prompt_embeds"])
-        return whole.finish()
+        joined = whole.append("Concat", [states[index] for index in size.hidden_states], "hidden_states", axis=2)
+        whole.append("Cast", [joined], "prompt_embeds", to=onnx.TensorProto.FLOAT)
+        sides: list[str | int | None] = ["batch", "text_tokens", size.context_dim]
+        return whole.finish([onnx.helper.make_tensor_value_info("prompt_embeds", onnx.TensorProto.FLOAT, sides)])
 
     return Stack(lambda: TextEncoder(replace(size, hidden_states=(1,))), parts, assemble)

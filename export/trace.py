@@ -22,10 +22,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from export.examples import TORCH_DTYPES, Example, component_example
+from export.examples import TORCH_DTYPES, Example
 from export.graph import Graph, WeightSlot, dims, dtype_name
-from export.modules import build_module
-from export.parts import stack_of
+from export.parts import assemble, stack_of
 from export.recipes import Dtype
 from flux2_trt.errors import Flux2Error
 from flux2_trt.spec import Component, ModelSpec
@@ -52,20 +51,18 @@ def trace(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph
     `dtype` is that of parameters and of tensors between components; latents, positions and the Euler step are fp32
     in every graph. Raises Flux2Error where a dimension that must be dynamic was specialised.
     """
-    stack = stack_of(component, spec, dtype)
-    if stack:
-        return stack.assemble(trace_parts(component, spec, dtype))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module = _in_dtype(dtype, lambda: build_module(component, spec))
-        return _trace(component, _Function(module, nn.Module.__call__), component_example(component, spec))
+    return assemble(component, spec, dtype, trace_parts(component, spec, dtype))
 
 
 def trace_parts(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> dict[str, Graph]:
-    """The parts of a component that `export.parts` divides, by name; arguments and errors as of `trace`."""
+    """The parts that `export.parts` divides a component into, by name; its own name where it is one piece.
+
+    Arguments and errors as of `trace`.
+    """
     stack = stack_of(component, spec, dtype)
-    assert stack, f"{component} is one piece"
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = _in_dtype(dtype, stack.module)
+        module.requires_grad_(False)  # a tenth of the time goes into gradients otherwise
         return {
             name: _trace(component, _Function(module, part.compute), part.example) for name, part in stack.parts.items()
         }

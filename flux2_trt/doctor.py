@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flux2_trt.cores import usable_cores
 from flux2_trt.errors import BundleError
 from flux2_trt.listing import BundleSummary, folder_bytes
 from flux2_trt.store import Store
@@ -107,7 +108,7 @@ def examine(store: Store | None = None) -> Examination:
         version=own_version(),
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
-        cores=_usable_cores(),
+        cores=usable_cores(),
         memory_bytes=_memory_bytes(),
         packages={name: _installed(distributions) for name, (distributions, _) in PACKAGES.items()},
         gpus=gpus,
@@ -194,10 +195,6 @@ def _installed(distributions: tuple[str, ...]) -> str | None:
         with suppress(PackageNotFoundError):
             return version(name)
     return None
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory_bytes() -> int | None:

@@ -19,13 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from export.graph import Graph
-from export.recipes import Dtype
-from export.trace import trace, trace_parts
 from flux2_trt.checkpoint import Checkpoint
 from flux2_trt.models import QWEN3_PROMPT, published_spec
 from flux2_trt.naming import Family
-from flux2_trt.spec import Component, ModelSpec
+from flux2_trt.spec import ModelSpec
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -174,39 +171,6 @@ def small_spec() -> ModelSpec:
         norm_num_groups=4,
     )
     return replace(tiny, name="small", text_encoder=text_encoder, transformer=transformer, autoencoder=autoencoder)
-
-
-_traced: dict[tuple[Any, ...], Graph] = {}
-_parts: dict[tuple[Any, ...], dict[str, Graph]] = {}
-
-
-def traced_once(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> Graph:
-    """`trace`, once for all models that differ in nothing that the component's graph depends on.
-
-    Tracing takes 15 s on one core however small the model is, and is most of what these tests take.
-    """
-    sizes: Any
-    match component:
-        case "text_encoder":
-            sizes = spec.text_encoder
-        case "conditioning":
-            sizes = spec.transformer
-        case "transformer":
-            mixed = spec.sampling.guidance_kind == "classifier_free"
-            sizes = (replace(spec.transformer, guidance_embeds=False), mixed)
-        case _:
-            sizes = spec.autoencoder
-    if (component, sizes, dtype) not in _traced:
-        _traced[component, sizes, dtype] = trace(component, spec, dtype)
-    return _traced[component, sizes, dtype]
-
-
-def parts_traced_once(component: Component, spec: ModelSpec, dtype: Dtype = "fp32") -> dict[str, Graph]:
-    """`trace_parts`, as `traced_once`."""
-    key = (component, spec, dtype)
-    if key not in _parts:
-        _parts[key] = trace_parts(component, spec, dtype)
-    return _parts[key]
 
 
 def relative_error(ours: torch.Tensor | np.ndarray, theirs: torch.Tensor | np.ndarray) -> float:

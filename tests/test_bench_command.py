@@ -18,6 +18,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 from typer.testing import CliRunner, Result
 
 from benchmarks.harness.result import read_result
+from engines.build import BuildRequest, build
 from flux2_trt.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +127,7 @@ def test_a_package_that_is_missing_is_named(files: tuple[Path, Path], monkeypatc
 
 def test_one_command_measures_and_reports(tmp_path: Path) -> None:
     """As a process, which is interrupted when it has measured something, and then run to its end."""
+    build(BuildRequest("tiny", "cpu", output=tmp_path / "home"), lambda message: None)
     environment = {
         **os.environ,
         "FLUX2_TRT_HOME": str(tmp_path / "home"),

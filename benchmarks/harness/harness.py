@@ -28,8 +28,8 @@ from benchmarks.harness.result import (
     Watched,
 )
 from benchmarks.harness.system import CONTROL, kind_of, title_of
-from benchmarks.harness.threads import usable_cores
 from benchmarks.harness.worker import Timed, Worker
+from flux2_trt.cores import usable_cores
 from flux2_trt.errors import Flux2Error
 
 INTERRUPTED = "interrupted"

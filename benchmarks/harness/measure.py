@@ -19,9 +19,9 @@ from benchmarks.harness.monitor import Monitor
 from benchmarks.harness.quality import tasks_of
 from benchmarks.harness.result import Missing, Result
 from benchmarks.harness.system import CONTROL, KINDS, PLANS, Setup, kind_of, why_missing
-from benchmarks.harness.threads import usable_cores
 from benchmarks.harness.worker import ProcessWorker
 from engines.targets import resolve_target
+from flux2_trt.cores import usable_cores
 from flux2_trt.errors import BundleError, Flux2Error, UsageError
 from flux2_trt.pipeline import Flux2Pipeline
 from flux2_trt.spec import ModelSpec

@@ -7,10 +7,6 @@ import os
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def thread_environment(threads: int) -> dict[str, str]:
     """The environment of a process that gets so many threads; to be set before its libraries load."""
     return {**os.environ, **dict.fromkeys(VARIABLES, str(threads))}

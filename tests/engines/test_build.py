@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_models import traced_once
 from safetensors.torch import load_file, save_file
+from traces import traced_once
 
-import engines.components
+import export.tracing
 from engines.build import BuildRequest, build
 from engines.sources import resolve_source
 from export.conversion import Converter
@@ -139,7 +139,7 @@ HANG_SECONDS = 600
 
 def build_until_killed(request: BuildRequest, graph: Graph) -> None:
     """Ends the process at the last weight, once another one is in the journal."""
-    engines.components.trace = lambda *_: graph  # as long as all else here, and tested elsewhere
+    export.tracing.trace_parts = lambda *_: {"conditioning": graph}  # as long as all else here, and tested elsewhere
     convert = Converter.convert
 
     def convert_or_die(self: Converter, name: str) -> dict[str, torch.Tensor]:
@@ -155,7 +155,7 @@ def build_until_killed(request: BuildRequest, graph: Graph) -> None:
 
 def test_after_a_kill_the_same_build_goes_on(tmp_path, monkeypatch):
     graph = traced_once("conditioning", published_spec("tiny"))
-    monkeypatch.setattr(engines.components, "trace", lambda *_: graph)
+    monkeypatch.setattr(export.tracing, "trace_parts", lambda *_: {"conditioning": graph})
     request = BuildRequest("tiny", "cpu", "fp32", components=("conditioning",), output=tmp_path / "store")
     process = SPAWN.Process(target=build_until_killed, args=(request, graph))
     process.start()

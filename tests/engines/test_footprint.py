@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from traces import traced_once
 
 from engines.drawing import Drawing
 from engines.footprint import TENSORS, scratch_bytes, tensors_of, weight_bytes
@@ -16,7 +17,6 @@ from engines.shapes import ShapeRequest, profiles
 from export.conversion import STORED_DTYPES
 from export.quantize import quantize
 from export.recipes import RECIPES
-from export.trace import trace
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.models import published_spec
 from flux2_trt.naming import FAMILY_OF
@@ -29,7 +29,7 @@ GIGA = 1e9
 @pytest.mark.parametrize("component", TENSORS)
 def test_weights_are_what_a_graph_takes(component: Component) -> None:
     spec = published_spec("tiny")
-    graphs = {dtype: trace(component, spec, dtype) for dtype in ("fp32", "bf16")}
+    graphs = {dtype: traced_once(component, spec, dtype) for dtype in ("fp32", "bf16")}
     for recipe in (*RECIPES.values(), replace(RECIPES["int4"], dtype="fp32"), replace(RECIPES["fp8"], fp8_layout="nk")):
         graph = quantize(graphs[recipe.dtype], recipe)
         slots = [(slot.shape, slot.dtype) for slot in (*graph.weights.values(), *graph.scales.values())]

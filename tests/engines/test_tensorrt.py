@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diffusers_models import small_spec, traced_once
+from diffusers_models import small_spec
 from safetensors.torch import load_file
+from traces import traced_once
 
 from engines.audit import lost_formats
 from engines.build import BuildReport, BuildRequest, build

@@ -1,29 +1,22 @@
 """Graphs for ONNX Runtime against the same graphs in the reference evaluator."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers_models import small_spec
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from traces import traced_once
 
 from export.host import for_onnx_runtime
-from export.trace import OPSET, trace
-from flux2_trt.models import published_spec
+from export.trace import OPSET
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 
-TINY = published_spec("tiny")
-SMALL = replace(
-    TINY,
-    transformer=replace(
-        TINY.transformer, num_heads=2, head_dim=16, axes_dim=(4, 4, 4, 4), num_double_blocks=1, num_single_blocks=1
-    ),
-    autoencoder=replace(TINY.autoencoder, block_out_channels=(8, 16), decoder_block_out_channels=(8, 16)),
-)
+SMALL = small_spec()
 FUSED = {
     "transformer": {"MultiHeadAttention": 2, "RotaryEmbedding": 4},
     "vae_decoder": {"MultiHeadAttention": 1},
@@ -31,7 +24,7 @@ FUSED = {
 }
 
 SIZES = {"batch": 2, "tokens": 12, "text_tokens": 4, "all_tokens": 16, "steps": 3}
-SIZES |= {"latent_height": 4, "latent_width": 3, "height": 32, "width": 48}
+SIZES |= {"latent_height": 4, "latent_width": 3, "height": 64, "width": 48}
 
 
 def ran(model: onnx.ModelProto, inputs: dict, folder: Path) -> list:
@@ -42,7 +35,7 @@ def ran(model: onnx.ModelProto, inputs: dict, folder: Path) -> list:
 
 @pytest.mark.parametrize("component", FUSED)
 def test_components_come_out_the_same(component, tmp_path):
-    graph = trace(component, SMALL)
+    graph = traced_once(component, SMALL)
     model = for_onnx_runtime(graph.model, SMALL.transformer.num_heads)
     operators = Counter(node.op_type for node in model.graph.node)
     assert {name: operators[name] for name in FUSED[component]} == FUSED[component]

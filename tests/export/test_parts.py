@@ -13,13 +13,13 @@ import pytest
 import torch
 from diffusers_models import QWEN_VOCABULARY, randomised, small_spec
 from numpy.typing import NDArray
+from traces import parts_traced_once
 
 from export.graph import Graph
 from export.modules import build_module
-from export.parts import assemble
+from export.parts import assemble, stack_of
 from export.quantize import quantize
 from export.recipes import RECIPES
-from export.trace import trace_parts
 from flux2_trt.runtime.onnxruntime import OnnxRuntimeEngine
 from flux2_trt.spec import TRANSFORMER_PARTS
 
@@ -38,7 +38,7 @@ def transformer() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Graph]:
-    return trace_parts("transformer", SPEC)
+    return parts_traced_once("transformer", SPEC)
 
 
 def run(graph: Graph, weights: Arrays, inputs: list[NDArray[Any]], block: int = 0) -> list[NDArray[Any]]:
@@ -88,7 +88,7 @@ def test_plans_of_blocks_one_after_the_other_make_a_step(
     transformer: torch.nn.Module, parts: dict[str, Graph], batch: int, text: int, tokens: int
 ) -> None:
     """As a device runs them that streams its weights: one plan for all blocks of a kind."""
-    assert set(TRANSFORMER_PARTS) | {"join"} == set(parts)
+    assert set(TRANSFORMER_PARTS) == set(parts)
     step, weights, size = inputs_of_a_step(batch, text, tokens), weights_of(transformer), SPEC.transformer
     rotary = [step["cos"], step["sin"]]
     inputs = [step["latents"], step["modulation"], step["step"]]
@@ -122,7 +122,7 @@ def test_hidden_states_of_any_layers_are_side_by_side(hidden_states: tuple[int, 
     assert size
     spec = replace(SMALL, text_encoder=replace(size, hidden_states=hidden_states))
     module = randomised(build_module("text_encoder", spec), seed=1)
-    whole = assemble("text_encoder", spec, "fp32", trace_parts("text_encoder", spec))
+    whole = assemble("text_encoder", spec, "fp32", parts_traced_once("text_encoder", spec))
     ids = np.random.default_rng(0).integers(0, QWEN_VOCABULARY, (2, 9))
     mask = np.ones((2, 9), np.int64)
     mask[0, 6:] = 0
@@ -133,16 +133,16 @@ def test_hidden_states_of_any_layers_are_side_by_side(hidden_states: tuple[int, 
     np.testing.assert_allclose(embeds, wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_a_model_without_single_blocks() -> None:
+def test_a_model_without_single_blocks(parts: dict[str, Graph]) -> None:
     spec = replace(SMALL, transformer=replace(SMALL.transformer, num_single_blocks=0))
-    found = trace_parts("transformer", spec)
-    assert "single_block" not in found
-    whole = assemble("transformer", spec, "fp32", found)
+    names = stack_of("transformer", spec, "fp32").parts
+    assert set(names) == set(TRANSFORMER_PARTS) - {"single_block"}
+    whole = assemble("transformer", spec, "fp32", {name: parts[name] for name in names})
     assert set(whole.weights) == set(build_module("transformer", spec).state_dict())
 
 
 def test_a_graph_survives_its_file() -> None:
-    graph = quantize(trace_parts("transformer", SPEC, "bf16")["single_block"], RECIPES["nvfp4"])
+    graph = quantize(parts_traced_once("transformer", SPEC, "bf16")["single_block"], RECIPES["nvfp4"])
     again = Graph.from_bytes(graph.to_bytes())
     assert again == graph and again.scales and again.weights and again.attentions == 1
     assert not again.model.metadata_props

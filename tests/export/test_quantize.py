@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers_models import ModuleSource, randomised, small_spec, traced_once
+from diffusers_models import ModuleSource, randomised, small_spec
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from traces import traced_once
 
 from export.conversion import Scales
 from export.graph import Graph, WeightSlot

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers_models import small_spec, small_transformer, traced_once
+from diffusers_models import small_spec, small_transformer
 from lora_files import bfl_linears, named, peft_keys, random_layers, write
 from safetensors.torch import load_file, save_file
+from traces import traced_once
 
 from export.conversion import NO_SCALES, Scales
 from export.graph import Graph, ScaleSlot, Slots, WeightSlot

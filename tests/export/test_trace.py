@@ -13,12 +13,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers_models import QWEN_VOCABULARY, ModuleSource, randomised, small_spec, traced_once
+from diffusers_models import QWEN_VOCABULARY, ModuleSource, randomised, small_spec
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
+from traces import traced_once
 
 from export.graph import Graph
 from export.modules import build_module

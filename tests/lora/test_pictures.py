@@ -15,7 +15,7 @@ from lora_files import bfl_linears, kohya_keys, linears, named, peft_keys, rando
 from safetensors.torch import load_file
 from test_parity import Pair, normal, picture
 
-import engines.components
+import export.tracing
 from engines.build import BuildReport, BuildRequest, build
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import CheckpointError, UsageError
@@ -138,7 +138,7 @@ def test_plans_and_untouched_files_are_those_of_the_base(klein: Path, monkeypatc
     alone = built(klein, *loras, store="alone")
     base = built(klein)
     told: list[str] = []
-    monkeypatch.setattr(engines.components, "trace", None)
+    monkeypatch.setattr(export.tracing, "trace_parts", None)
     report = built(klein, *loras, told=told)
     assert not any("tracing" in text or "compiling" in text for text in told)
     assert any("writing the weights of transformer: 12 that LoRAs change" in text for text in told)
