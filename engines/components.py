@@ -167,7 +167,7 @@ def make(
     if job.writes_weights:
         for family in dict.fromkeys(FAMILY_OF[component] for component in job.components):
             opened[family] = job.source.open(family)
-    records = []
+    records: list[ComponentRecord] = []
     helpers = 0 if base else None  # with a base, most is taken over
     with Tracing(job.source.spec, job.recipe.dtype, job.components, helpers) as tracing:
         for component in job.components:
