@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # every core has a worker already
 
 from traces import parts_traced_once, share_traces
@@ -17,7 +16,7 @@ from traces import parts_traced_once, share_traces
 @pytest.fixture(scope="session", autouse=True)
 def graphs_are_traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.getbasetemp()
-    share_traces((folder.parent if WORKER else folder) / "traces")
+    share_traces((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "traces")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.tracing.trace_parts", parts_traced_once)
         patch.setattr("export.tracing.HELPERS", 0)
