@@ -39,7 +39,7 @@ print(json.dumps([code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru
 
 
 def measure_command(arguments: list[str], environment: dict[str, str], repeats: int) -> dict[str, Any]:
-    """Wall seconds (all, median) and peak resident bytes of a command as a process of its own."""
+    """Wall seconds (all, median) of a command, and peak resident bytes of the largest of its processes."""
     seconds, peaks = [], []
     for _ in range(repeats):
         meter = [sys.executable, "-c", METER, *arguments]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engines.calibration import scales_of
-from engines.components import Compiler, Job, compiler_version, make
+from engines.components import Compiler, Effort, Job, compiler_version, make
 from engines.prepared import DeviceMissing, compile_prepared
 from engines.shapes import DEFAULT_SIZES, ShapeRequest
 from engines.sources import ModelSource, resolve_source, with_loras
@@ -83,7 +83,7 @@ class ComponentReport:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built, how long it took, and the peak memory of this process.
+    """What was built, how long it took, and the peak memory of this process and those that traced beside it, added up.
 
     `left`: what has to be done on another machine, in words; None for a bundle that is complete.
     """
@@ -118,12 +118,12 @@ def build(
     """
     started = time.monotonic()
     store = Store() if request.output is None else Store(request.output)
-    seconds: dict[str, float] = {}
+    effort = Effort()
     asked_to_compile = (Path(request.model) / MANIFEST_FILE).is_file()
     if asked_to_compile:
         bundle, reused = _prepared(request), False
     else:
-        bundle, reused = _made(request, store, seconds, on_progress, on_phase)
+        bundle, reused = _made(request, store, effort, on_progress, on_phase)
     left = None
     if request.prepare:
         left = f"graphs and weights are done; the plans: flux2-trt build {shlex.quote(str(bundle.path))}"
@@ -131,18 +131,18 @@ def build(
         target, recipe = resolve_target(bundle.manifest.target), RECIPES[bundle.manifest.recipe]
         compiler = Compiler(target, recipe, store.root / TIMING, on_progress, on_phase)
         try:
-            bundle, reused = compile_prepared(bundle, store, compiler, seconds)
+            bundle, reused = compile_prepared(bundle, store, compiler, effort.seconds)
         except DeviceMissing as error:
             if asked_to_compile:
                 raise
             left = str(error)
-    return _report(bundle, reused, seconds, time.monotonic() - started, left)
+    return _report(bundle, reused, effort, time.monotonic() - started, left)
 
 
 def _made(
     request: BuildRequest,
     store: Store,
-    seconds: dict[str, float],
+    effort: Effort,
     on_progress: Callable[[str], None],
     on_phase: OnPhase,
 ) -> tuple[Bundle, bool]:
@@ -190,7 +190,7 @@ def _made(
             compiler = Compiler(target, recipe, store.root / TIMING, on_progress, on_phase)
             base_key = key_of(source.base_identity(), base_scales) if source.loras else None
             base = store.get(draft.name_of(base_key)) if base_key else None
-            records = make(draft, job, compiler, seconds, base)
+            records = make(draft, job, compiler, effort, base)
             assets = []
             if source.tokenizer and "text_encoder" in components:
                 asset = draft.asset_path(source.tokenizer.name)
@@ -230,7 +230,7 @@ def _absolute(text: str) -> str:
     return str(Path(text).absolute()) if text not in FAMILY and Path(text).exists() else text
 
 
-def _report(bundle: Bundle, reused: bool, seconds: dict[str, float], total: float, left: str | None) -> BuildReport:
+def _report(bundle: Bundle, reused: bool, effort: Effort, total: float, left: str | None) -> BuildReport:
     manifest = bundle.manifest
     return BuildReport(
         bundle=str(bundle.path),
@@ -239,12 +239,14 @@ def _report(bundle: Bundle, reused: bool, seconds: dict[str, float], total: floa
         precision=manifest.recipe,
         reused=reused,
         components=tuple(
-            ComponentReport(record.name, record.plan.file, record.plan.bytes, seconds.get(record.name), record.layers)
+            ComponentReport(
+                record.name, record.plan.file, record.plan.bytes, effort.seconds.get(record.name), record.layers
+            )
             for record in manifest.components
         ),
         weights_bytes=sum(record.weights.bytes for record in manifest.components if record.weights),
         seconds=round(total, 2),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + effort.helpers_peak_rss_bytes,
         left=left,
     )
 

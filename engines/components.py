@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,15 @@ class Job:
     def writes_weights(self) -> bool:
         """Made-up weights that are bound are made again by whoever needs them."""
         return self.source.seed is None or self.placement != "bound"
+
+
+@dataclass
+class Effort:
+    """What a build took: seconds of each plan, of which the first of a component has its graph and weights in it; peak
+    memory of the processes that traced beside this one."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    helpers_peak_rss_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,12 +165,12 @@ class Compiler:
 
 
 def make(
-    draft: Draft, job: Job, compiler: Compiler, seconds: dict[str, float], base: Bundle | None = None
+    draft: Draft, job: Job, compiler: Compiler, effort: Effort, base: Bundle | None = None
 ) -> list[ComponentRecord]:
     """Trace, fill and compile every component into `draft`.
 
-    `seconds` gets how long each plan took; the first of a component has its graph and weights in it. `base`: the bundle
-    of the same job without LoRAs, whose files are taken over where they are the same.
+    `effort` is added to. `base`: the bundle of the same job without LoRAs, whose files are taken over where they are
+    the same.
     """
     opened: dict[Family, TensorSource] = {}
     if job.writes_weights:
@@ -178,10 +187,11 @@ def make(
                     draft, base, component, job.source.touched, source, job.scales, compiler.on_progress
                 )
             if inherited is None:
-                records += _made(draft, job, compiler, component, source, tracing, seconds)
+                records += _made(draft, job, compiler, component, source, tracing, effort.seconds)
             else:
                 records += inherited
-                seconds[inherited[0].name] = round(time.monotonic() - started, 2)
+                effort.seconds[inherited[0].name] = round(time.monotonic() - started, 2)
+        effort.helpers_peak_rss_bytes = tracing.helpers_peak_rss_bytes
     return records
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 from types import TracebackType
-from typing import get_args
+from typing import IO, get_args
 
 from export.graph import Graph
 from export.recipes import Dtype
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class Tracing:
     """A context that traces `components`: this process those it asks for, helpers the others, from the last one back.
 
-    `helpers`: how many processes to start; None for one less than there are cores or components. Each takes 0.5 GB,
-    and ends when nothing is left to trace.
+    `helpers`: how many processes to start; None for one less than there are cores or components. Each ends when nothing
+    is left to trace.
     """
 
     def __init__(
@@ -42,19 +42,18 @@ class Tracing:
         self._left = list(components)
         self._traced: dict[Component, Future[dict[str, Graph] | None]] = {name: Future() for name in components}
         self._lock = Lock()
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[Thread] = []
+        self._peaks: dict[int, int] = {}
 
     def __enter__(self) -> Tracing:
-        self._folder = tempfile.TemporaryDirectory(prefix="flux2-trt-")
-        command = [sys.executable, "-m", __name__, json.dumps(self.spec.to_dict()), self.dtype, self._folder.name]
+        command = [sys.executable, "-m", __name__, json.dumps(self.spec.to_dict()), self.dtype]
         for _ in range(min(self._helpers, len(self._left) - 1)):
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                text=True,
                 cwd=ROOT,
                 start_new_session=True,  # an interrupt is this process's affair
             )
@@ -72,7 +71,6 @@ class Tracing:
             process.kill()
         for thread in self._threads:
             thread.join()
-        self._folder.cleanup()
 
     def parts(self, component: Component) -> dict[str, Graph]:
         """As `export.trace.trace_parts` gives them, to be asked for once."""
@@ -83,20 +81,26 @@ class Tracing:
         traced = None if mine else self._traced[component].result()
         return traced or trace_parts(component, self.spec, self.dtype)
 
-    def _serve(self, process: subprocess.Popen[str]) -> None:
+    @property
+    def helpers_peak_rss_bytes(self) -> int:
+        """The sum of what each helper took at most."""
+        return sum(self._peaks.values())
+
+    def _serve(self, process: subprocess.Popen[bytes]) -> None:
         """Keep a helper at work. What it fails at is traced by who asks for it, and fails there."""
         assert process.stdin and process.stdout
         with suppress(OSError), process:
             while component := self._next():
                 try:
-                    process.stdin.write(f"{component}\n")
+                    process.stdin.write(f"{component}\n".encode())
                     process.stdin.flush()
-                    files = json.loads(process.stdout.readline())
-                    parts = {name: Graph.from_bytes(Path(file).read_bytes()) for name, file in files.items()}
+                    answer = json.loads(process.stdout.readline())
+                    parts = {name: Graph.from_bytes(_read(process.stdout, size)) for name, size in answer["sizes"]}
                 except (OSError, ValueError):
                     log.info("a process that traces beside this one ended while it traced %s", component)
                     self._traced[component].set_result(None)
                     return
+                self._peaks[process.pid] = answer["peak_rss_bytes"]
                 self._traced[component].set_result(parts)
 
     def _next(self) -> Component | None:
@@ -104,17 +108,27 @@ class Tracing:
             return self._left.pop() if self._left else None
 
 
+def _read(stream: IO[bytes], size: int) -> bytes:
+    """Raises ValueError where the stream ends before."""
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError(f"{size - len(data)} bytes are missing")
+    return data
+
+
 def main() -> None:
-    """Answer each component on stdin by a line of JSON: its parts, and the files with their graphs."""
-    spec, dtype, folder = ModelSpec.from_dict(json.loads(sys.argv[1])), sys.argv[2], Path(sys.argv[3])
+    """Answer each component on stdin: a line of JSON with the sizes of its parts and peak memory, then the graphs."""
+    spec, dtype = ModelSpec.from_dict(json.loads(sys.argv[1])), sys.argv[2]
     assert dtype in get_args(Dtype)
     for line in sys.stdin:
-        component = line.strip()
-        files = {}
-        for name, graph in trace_parts(component, spec, dtype).items():  # type: ignore[arg-type]
-            files[name] = str(folder / f"{component}-{name}.onnx")
-            Path(files[name]).write_bytes(graph.to_bytes())
-        print(json.dumps(files), flush=True)
+        parts = trace_parts(line.strip(), spec, dtype)  # type: ignore[arg-type]
+        graphs = {name: graph.to_bytes() for name, graph in parts.items()}
+        answer = {
+            "sizes": [(name, len(graph)) for name, graph in graphs.items()],
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + b"".join(graphs.values()))
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,27 @@ def executor_of(threads: int, name: str) -> Executor:
     return ThreadPoolExecutor(threads, name) if threads else InPlace()
 
 
+class Ahead(Generic[T]):
+    """What `make` gives for 0 to `count` - 1: made at once, or by `submit` each while the one before it is used."""
+
+    def __init__(
+        self, make: Callable[[int], T], count: int, submit: Callable[[Callable[[int], T], int], Future[T]] | None = None
+    ) -> None:
+        self._make, self._submit, self._count = make, submit or InPlace().submit, count
+        self._made: list[Future[T]] = []
+        self._begin(1 if submit else count)
+        self._made[0].result()
+
+    def __getitem__(self, index: int) -> T:
+        """To be asked for in order."""
+        self._begin(index + 2)
+        return self._made[index].result()
+
+    def _begin(self, until: int) -> None:
+        for index in range(len(self._made), min(until, self._count)):
+            self._made.append(self._submit(self._make, index))
+
+
 class Finishing:
     """Pictures on their way from latents, in order; `overlaps`: by a thread, while the next one is denoised.
 
@@ -79,6 +100,10 @@ class Finishing:
         """The picture that was decoded last."""
         index, decoded = len(self._finished), self._decoded[-1]
         self._finished.append(self._executor.submit(lambda: self._hand_on(index, decoded.result())))
+
+    def beside(self, make: Callable[[int], T], index: int) -> Future[T]:
+        """Other work for the thread, in its turn."""
+        return self._executor.submit(make, index)
 
     def require_sound(self) -> None:
         """Raises what went wrong with a picture."""

@@ -8,8 +8,9 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, Interrupted, UsageError
-from flux2_trt.finishing import Finished, Finishing, PictureCallback, PictureSettings
+from flux2_trt.finishing import Ahead, Finished, Finishing, PictureCallback, PictureSettings
 from flux2_trt.images import as_reference, check_size, load_reference
 from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
 from flux2_trt.noise import noise_batch, picture_seeds
@@ -30,7 +31,7 @@ from flux2_trt.runtime.host import HostRuntime
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
 from flux2_trt.store import Store
-from flux2_trt.text import PromptTokenizer
+from flux2_trt.text import PromptTokenizer, TokenizedPrompts
 
 if TYPE_CHECKING:
     from flux2_trt.safety import ContentChecks
@@ -214,27 +215,11 @@ class Flux2Pipeline:
             total = count * num_images_per_prompt
             base_seed = secrets.randbits(32) if seed is None else seed
             seeds = picture_seeds(base_seed, total)
-            with self._noise(seeds, width, height, latents) as noise:
-                # 4. Encode
-                with clock.stage("text_encoder"):
-                    unconditional = self._unconditional(negative_prompt_embeds) if self._uses_cfg(guidance) else None
-                    if prompts is None:
-                        embeds, truncated = np.asarray(prompt_embeds, dtype=np.float32), (False,) * count
-                    else:
-                        embeds, truncated = self.encode_prompt(prompts)
-                    if unconditional is not None and embeds.shape[1] != len(unconditional):
-                        raise UsageError(
-                            f"prompt_embeds have {embeds.shape[1]} tokens; with classifier-free guidance give "
-                            f"{len(unconditional)}, as many as the empty prompt has, or use guidance_scale 1"
-                        )
-                with clock.stage("vae_encoder"):
-                    encoded = self._encode_references(references)
-                pictures = [
-                    _Picture(embeds[i // num_images_per_prompt], encoded[i // num_images_per_prompt], each)
-                    for i, each in enumerate(noise.drawn)
-                ]
+            with ExitStack() as stack:
+                noise = stack.enter_context(self._noise(seeds, width, height, latents))
 
-                # 5. Denoise and finish, one picture at a time: a seed gives the same bits whatever is made beside it
+                # 4. What becomes of a picture's latents, one picture at a time: a seed gives the same bits whatever is
+                # made beside it
                 def hand_on(index: int, values: NDArray[Any]) -> Finished:
                     refused = None if output_type == "latent" else self._refusal(values)
                     finished = Finished(np.zeros_like(values) if refused else values, refused)
@@ -246,17 +231,42 @@ class Flux2Pipeline:
                     return finished
 
                 decode = (lambda latents: latents) if output_type == "latent" else self._decode
-                with Finishing(decode, hand_on, self.interrupt, self.runtime.overlaps) as finishing:
-                    for picture in pictures:
-                        final = self._denoise(
-                            picture, unconditional, guidance, levels, clock, callback_on_step_end, finishing
-                        )
-                        with clock.stage("vae_decoder"):
-                            finishing.decode(final)
-                        finishing.hand_on()
+                finishing = stack.enter_context(Finishing(decode, hand_on, self.interrupt, self.runtime.overlaps))
+
+                # 5. Encode: of several prompts each while the picture before it is denoised, where the runtime overlaps
+                with clock.stage("text_encoder"):
+                    unconditional = self._unconditional(negative_prompt_embeds) if self._uses_cfg(guidance) else None
+                    if prompts is None:
+                        given = np.asarray(prompt_embeds, dtype=np.float32)
+                        if unconditional is not None and given.shape[1] != len(unconditional):
+                            raise UsageError(
+                                f"prompt_embeds have {given.shape[1]} tokens; with classifier-free guidance give "
+                                f"{len(unconditional)}, as many as the empty prompt has, or use guidance_scale 1"
+                            )
+                        texts, truncated = Ahead(given.__getitem__, count), (False,) * count
+                    else:
+                        tokens = self._tokenize(prompts)
+                        encode = partial(self._encode, tokens)
+                        texts = Ahead(encode, count, finishing.beside if self.runtime.overlaps else None)
+                        truncated = tokens.truncated
+                with clock.stage("vae_encoder"):
+                    encoded = self._encode_references(references)
+
+                # 6. Denoise and finish
+                for index, drawn in enumerate(noise.drawn):
+                    of = index // num_images_per_prompt
+                    with clock.stage("text_encoder"):
+                        embeds = texts[of]
+                    picture = _Picture(embeds, encoded[of], drawn)
+                    final = self._denoise(
+                        picture, unconditional, guidance, levels, clock, callback_on_step_end, finishing
+                    )
                     with clock.stage("vae_decoder"):
-                        finishing.wait_for_decoding()
-                    results = finishing.results()
+                        finishing.decode(final)
+                    finishing.hand_on()
+                with clock.stage("vae_decoder"):
+                    finishing.wait_for_decoding()
+                results = finishing.results()
         return Output(
             images=_as_output(np.concatenate([each.values for each in results]), output_type),
             seed=base_seed,
@@ -386,6 +396,10 @@ class Flux2Pipeline:
 
         Raises UsageError for a prompt that is not allowed, or without a text encoder.
         """
+        tokens = self._tokenize(prompts)
+        return np.stack([self._encode(tokens, index) for index in range(len(prompts))]), tokens.truncated
+
+    def _tokenize(self, prompts: Sequence[str]) -> TokenizedPrompts:
         if self.spec.text_encoder is None or self.spec.prompt is None:
             raise UsageError(f"{self.spec.name} has no text encoder; give prompt_embeds instead of a prompt")
         if self._tokenizer is None:
@@ -395,13 +409,13 @@ class Flux2Pipeline:
                     f"the tokenizer has {self._tokenizer.vocab_size} tokens, the text encoder "
                     f"{self.spec.text_encoder.vocab_size}; rebuild the bundle: {self.bundle.build_command}"
                 )
-        tokens = self._tokenizer(prompts)
-        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-        rows = [
-            self.engine("text_encoder").run({name: ids[i : i + 1] for name, ids in inputs.items()})["prompt_embeds"]
-            for i in range(len(prompts))
-        ]
-        return np.concatenate(rows), tokens.truncated
+        return self._tokenizer(prompts)
+
+    def _encode(self, tokens: TokenizedPrompts, index: int) -> Floats:
+        """Embeds [T, context_dim] of one prompt."""
+        row = slice(index, index + 1)
+        inputs = {"input_ids": tokens.input_ids[row], "attention_mask": tokens.attention_mask[row]}
+        return self.engine("text_encoder").run(inputs)["prompt_embeds"][0]
 
     def _unconditional(self, given: Floats | None) -> Floats:
         """Embeds [T, context_dim] of the empty prompt."""

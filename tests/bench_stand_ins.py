@@ -92,6 +92,7 @@ def protocol(**values: Any) -> Protocol:
         repeats=4,
         sweep_repeats=1,
         warmup=1,
+        settle_seconds=0.0,
         watched=1,
         quality_count=0,
     )

@@ -37,8 +37,12 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How it is measured. `repeats`: timed calls of a system in a case, more where `min_seconds` have not gone by;
-    `watched`: calls that are watched step by step after them; `quality_count`: samples of every kind, 0 for none."""
+    """How it is measured.
+
+    `repeats`: timed calls of a system in a case, more where `min_seconds` have not gone by; `settle_seconds` before
+    each, since threads of the system before it wait for work by spinning, for up to 0.1 s, on cores that it needs;
+    `watched`: calls that are watched step by step after them; `quality_count`: samples of every kind, 0 for none.
+    """
 
     prompt: str
     scenarios: tuple[Scenario, ...]
@@ -48,6 +52,7 @@ class Protocol:
     repeats: int = 30
     sweep_repeats: int = 5
     warmup: int = 2
+    settle_seconds: float = 0.2
     watched: int = 3
     min_seconds: float = 0.0
     quality_count: int = 10
@@ -224,6 +229,7 @@ class Harness:
         while running and (index < rounds or time.monotonic() - begun < least):
             for name in _turn(list(running), index):
                 worker, measuring = running[name]
+                time.sleep(protocol.settle_seconds)
                 with self._failing(worker, f"{scenario}, {case.title}", running):
                     with self._monitor.watch(worker.pid) as reading:
                         timed = worker.draw(job)
@@ -232,6 +238,7 @@ class Harness:
         for index in range(protocol.watched if scenario != "offline" else 0):
             for name in _turn(list(running), index):
                 worker, measuring = running[name]
+                time.sleep(protocol.settle_seconds)
                 with self._failing(worker, f"watched, {case.title}", running):
                     drawn = worker.draw(job, watched=True).drawn
                     measuring.watched.append(Watched(dict(drawn.stages), drawn.steps, drawn.gaps))

@@ -26,7 +26,7 @@ Arrays = dict[str, NDArray[Any]]
 class Runtime(Protocol):
     """The components of a bundle, ready to run.
 
-    `overlaps`: a picture can be decoded in another thread while the next one is denoised.
+    `overlaps`: prompts can be encoded and pictures decoded, in another thread, while a picture is denoised.
     """
 
     @property

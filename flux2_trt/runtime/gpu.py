@@ -25,6 +25,9 @@ from flux2_trt.runtime.tensorrt import TensorRTPlan
 from flux2_trt.runtime.weights import MappedFile, Weights, WeightSource, WeightStore
 from flux2_trt.spec import Component
 
+BESIDE: tuple[Component, ...] = ("text_encoder", "vae_decoder")
+"""What runs while a picture is denoised."""
+
 LoadPlan = Callable[[ComponentRecord, bytes], Plan]
 MakeWeights = Callable[[ComponentRecord], WeightSource]
 
@@ -41,8 +44,9 @@ class Residency:
 class GpuRuntime:
     """The engines and the loop of a bundle on a device.
 
-    Components are loaded when they are first asked for. Decoding has a lane of its own where `overlaps`, so that one
-    picture is decoded while the next is denoised; everything else shares a stream and scratch.
+    Components are loaded when they are first asked for. `BESIDE` have a lane of their own where `overlaps`, so that one
+    picture is decoded, and the prompt of another encoded, while a third is denoised; everything else shares a stream
+    and scratch.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class GpuRuntime:
     ) -> None:
         """`store`: of weights that other runtimes on this device share. `cache`: a folder for kernels that are made on
         this machine. `weights`: in place of the bundle's files, from a component's record."""
-        self.bundle, self.device, self.residency, self.overlaps = bundle, device, residency, overlaps
+        self.bundle, self.device, self.residency = bundle, device, residency
+        self.overlaps = overlaps and not residency.swapped  # what makes room would be in use
         self._store = store or WeightStore(device)
         self._load_plan = load_plan or partial(_tensorrt_plan, cache)
         self._made_up = weights
@@ -71,7 +76,7 @@ class GpuRuntime:
         self._streamed: StreamedBlocks | None = None
         self._lane = Lane(device, graphs)
         try:
-            self._decoding = Lane(device, graphs) if overlaps else self._lane
+            self._beside = Lane(device, graphs) if self.overlaps else self._lane
         except BaseException:
             self._lane.close()
             raise
@@ -79,7 +84,7 @@ class GpuRuntime:
     def engine(self, component: Component) -> Engine:
         """Raises BundleError for a component that is not there, or a plan that is refused."""
         if component not in self._engines:
-            lane = self._decoding if component == "vae_decoder" else self._lane
+            lane = self._beside if component in BESIDE else self._lane
             self._engines[component] = DeviceEngine(self._component(component, lane), self._complete)
         engine = self._engines[component]
         return self._swapping(component, engine)
@@ -99,8 +104,8 @@ class GpuRuntime:
         with ExitStack() as rest:
             rest.callback(self._store.unload)
             rest.callback(self._lane.close)
-            if self._decoding is not self._lane:
-                rest.callback(self._decoding.close)
+            if self._beside is not self._lane:
+                rest.callback(self._beside.close)
             for plan in self._plans.values():
                 rest.callback(plan.close)
             if self._streamed:

@@ -12,7 +12,7 @@ from flux2_trt.manifest import SYNTHETIC
 from flux2_trt.runtime.cuda import CudaDevice
 from flux2_trt.runtime.device import Device
 from flux2_trt.runtime.engine import PLANS, Backend
-from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, MakeWeights, Residency
+from flux2_trt.runtime.gpu import BESIDE, GpuRuntime, LoadPlan, MakeWeights, Residency
 
 
 def runtime_on_this_machine(
@@ -38,7 +38,7 @@ def runtime_on_this_machine(
 
 
 def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:
-    """For pictures of the model's default size, and whether a decoder with scratch of its own fits beside the rest.
+    """For pictures of the model's default size, and whether a lane beside the loop's fits, with scratch of its own.
 
     Raises DeviceMemoryError with what is needed and what to type.
     """
@@ -52,9 +52,10 @@ def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:
     streamed = placements["transformer"].streamed
     swapped = frozenset(name for name, placement in placements.items() if placement.kind == "swapped")
     left = free_bytes - made.device_bytes
+    beside = [name for name in BESIDE if name in placements]
     return (
         Residency(swapped, (streamed.doubles, streamed.singles) if streamed else (0, 0)),
-        not swapped and left >= setting.scratch("vae_decoder", made.drawing),
+        left >= max(setting.scratch(name, made.drawing) for name in beside),
     )
 
 

@@ -270,6 +270,48 @@ def test_an_interrupt_after_the_last_step_is_no_picture_less_than_was_handed_on(
     assert not handed
 
 
+def test_a_prompt_is_encoded_while_the_picture_before_it_is_denoised(
+    drawing: Flux2Pipeline, built: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the runtime overlaps; else all are encoded first. A prompt that fails ends the call."""
+    engine, steps, begun = drawing.engine("text_encoder"), [0], []
+    run, encoded, failing = engine.run, [threading.Event() for _ in range(3)], threading.Event()
+
+    def encode(inputs: Any) -> Any:
+        begun.append(steps[0])
+        if failing.is_set() and len(begun) == 2:
+            raise ZeroDivisionError("no text")
+        found = run(inputs)
+        encoded[len(begun) - 1].set()
+        return found
+
+    def on_step_end(pipeline: Flux2Pipeline, step: int, *_: Any) -> None:
+        steps[0] += 1
+        prompts, rest = divmod(steps[0], 4)
+        if rest == 0 and prompts < 3 and not failing.is_set():
+            assert encoded[prompts].wait(60), "the next prompt was not encoded before the picture was done"
+
+    monkeypatch.setattr(engine, "run", encode)
+    asked: dict[str, Any] = {
+        "prompt": [PROMPT, "a green star", "a blue square"], "seed": 3, "num_inference_steps": 2,
+        "num_images_per_prompt": 2, "width": 128, "height": 128,
+    }  # fmt: skip
+    pictures = drawing(**asked, callback_on_step_end=on_step_end).images
+    first, second, third = begun
+    assert first == 0 and steps == [12]
+    assert second <= 4 and third <= 8 and (third >= 4) == drawing.runtime.overlaps
+
+    expected = Flux2Pipeline(built["cpu"])(**asked).images
+    for picture, other in zip(pictures, expected, strict=True):
+        assert np.abs(np.asarray(picture, int) - np.asarray(other, int)).max() <= 1
+    failing.set()
+    begun.clear()
+    with pytest.raises(ZeroDivisionError):
+        drawing(**asked, callback_on_step_end=on_step_end)
+    monkeypatch.undo()
+    assert len(drawing(**asked).images) == 6
+
+
 def test_a_picture_is_written_while_the_last_one_is_denoised(
     built: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
