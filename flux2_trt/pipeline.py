@@ -238,17 +238,18 @@ class Flux2Pipeline:
                     unconditional = self._unconditional(negative_prompt_embeds) if self._uses_cfg(guidance) else None
                     if prompts is None:
                         given = np.asarray(prompt_embeds, dtype=np.float32)
-                        if unconditional is not None and given.shape[1] != len(unconditional):
-                            raise UsageError(
-                                f"prompt_embeds have {given.shape[1]} tokens; with classifier-free guidance give "
-                                f"{len(unconditional)}, as many as the empty prompt has, or use guidance_scale 1"
-                            )
-                        texts, truncated = Ahead(given.__getitem__, count), (False,) * count
+                        texts, truncated, length = Ahead(given.__getitem__, count), (False,) * count, given.shape[1]
                     else:
                         tokens = self._tokenize(prompts)
+                        truncated, length = tokens.truncated, tokens.input_ids.shape[1]
                         encode = partial(self._encode, tokens)
                         texts = Ahead(encode, count, finishing.beside if self.runtime.overlaps else None)
-                        truncated = tokens.truncated
+                    if unconditional is not None and length != len(unconditional):
+                        raise UsageError(
+                            f"{'prompt_embeds' if prompts is None else 'prompts'} have {length} tokens; with "
+                            f"classifier-free guidance give {len(unconditional)}, as many as negative_prompt_embeds or "
+                            "the empty prompt have, or use guidance_scale 1"
+                        )
                 with clock.stage("vae_encoder"):
                     encoded = self._encode_references(references)
 

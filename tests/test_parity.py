@@ -387,3 +387,5 @@ def test_embeds_of_both_prompts_stand_in_for_them(base: Pair, tmp_path: Path) ->
     for wrong in (made.negative[0], made.negative[:, :, 1:], np.full_like(made.negative, np.nan)):
         with pytest.raises(UsageError, match="negative_prompt_embeds"):
             ours(guidance_scale=4.0, **{**given, "negative_prompt_embeds": wrong})
+    with pytest.raises(UsageError, match="prompts have 512 tokens; with classifier-free guidance give 9"):
+        ours("a cat", guidance_scale=4.0, negative_prompt_embeds=made.negative[:, :9], **size)
