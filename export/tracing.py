@@ -24,7 +24,7 @@ from flux2_trt.spec import Component, ModelSpec
 HELPERS = 3  # at most: the largest component takes as long as they take for all others
 ROOT = Path(__file__).parents[1]  # helpers start here, for nothing else to be found by the name of this package
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Tracing:
@@ -88,20 +88,25 @@ class Tracing:
 
     def _serve(self, process: subprocess.Popen[bytes]) -> None:
         """Keep a helper at work. What it fails at is traced by who asks for it, and fails there."""
-        assert process.stdin and process.stdout
         with suppress(OSError), process:
             while component := self._next():
+                parts = None
                 try:
-                    process.stdin.write(f"{component}\n".encode())
-                    process.stdin.flush()
-                    answer = json.loads(process.stdout.readline())
-                    parts = {name: Graph.from_bytes(_read(process.stdout, size)) for name, size in answer["sizes"]}
+                    parts = self._ask(process, component)
                 except (OSError, ValueError):
-                    log.info("a process that traces beside this one ended while it traced %s", component)
-                    self._traced[component].set_result(None)
+                    _log.info("a process that traces beside this one ended while it traced %s", component)
                     return
-                self._peaks[process.pid] = answer["peak_rss_bytes"]
-                self._traced[component].set_result(parts)
+                finally:
+                    self._traced[component].set_result(parts)
+
+    def _ask(self, process: subprocess.Popen[bytes], component: Component) -> dict[str, Graph]:
+        assert process.stdin and process.stdout
+        process.stdin.write(f"{component}\n".encode())
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        parts = {name: Graph.from_bytes(_read(process.stdout, size)) for name, size in answer["sizes"]}
+        self._peaks[process.pid] = answer["peak_rss_bytes"]
+        return parts
 
     def _next(self) -> Component | None:
         with self._lock:

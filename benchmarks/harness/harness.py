@@ -227,21 +227,25 @@ class Harness:
         least = protocol.min_seconds if scenario == "single-stream" else 0.0
         begun, index = time.monotonic(), 0
         while running and (index < rounds or time.monotonic() - begun < least):
-            for name in _turn(list(running), index):
-                worker, measuring = running[name]
-                time.sleep(protocol.settle_seconds)
+            for worker, measuring in self._settled(running, index):
                 with self._failing(worker, f"{scenario}, {case.title}", running):
                     with self._monitor.watch(worker.pid) as reading:
                         timed = worker.draw(job)
                     measuring.add(timed, reading)
             index += 1
         for index in range(protocol.watched if scenario != "offline" else 0):
-            for name in _turn(list(running), index):
-                worker, measuring = running[name]
-                time.sleep(protocol.settle_seconds)
+            for worker, measuring in self._settled(running, index):
                 with self._failing(worker, f"watched, {case.title}", running):
                     drawn = worker.draw(job, watched=True).drawn
                     measuring.watched.append(Watched(dict(drawn.stages), drawn.steps, drawn.gaps))
+
+    def _settled(
+        self, running: Mapping[str, tuple[Worker, _Measuring]], index: int
+    ) -> Iterator[tuple[Worker, _Measuring]]:
+        """Each in its turn, once the threads of the one before have had the time to sleep."""
+        for name in _turn(list(running), index):
+            time.sleep(self._protocol.settle_seconds)
+            yield running[name]
 
     def _taking_part(self, scenario: Scenario) -> list[Worker]:
         """In a sweep, the primary and the reference: neither compiles anew, and precision changes no growth."""

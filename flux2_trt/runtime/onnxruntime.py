@@ -12,6 +12,7 @@ from typing import Any
 import onnxruntime
 from numpy.typing import NDArray
 
+from flux2_trt.cores import usable_cores
 from flux2_trt.errors import BundleError
 from flux2_trt.runtime.engine import Arrays
 
@@ -40,9 +41,7 @@ def _threads() -> int:
 
     ONNX Runtime does not see that itself, and two threads on one core that wait by spinning take twice the time.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return 0
-    usable = len(os.sched_getaffinity(0))
+    usable = usable_cores()
     return 0 if usable == os.cpu_count() else usable
 
 
