@@ -161,26 +161,35 @@ class Bundle:
         return path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def _check_permissions(self) -> None:
-        if os.name != "posix":
-            return
         plans = [self._check_size(component.plan)[0] for component in self.manifest.components]
         folders = {folder for plan in plans for folder in plan.parents if folder.is_relative_to(self.path)}
         for path in sorted({self.path, self.path / MANIFEST_FILE, *folders, *plans}):
-            status, folder = path.stat(), shlex.quote(str(self.path))
-            if status.st_mode & stat.S_IWOTH:
+            folder = shlex.quote(str(self.path))
+            if is_open_to_all(path):
                 raise BundleError(
                     f"{path} can be written by everybody, and a plan is executable content; if you trust it: "
                     f"chmod -R o-w {folder}; if not, rebuild it: {self.build_command}"
                 )
-            if status.st_uid not in (0, os.geteuid()):
+            if (owner := stranger_of(path)) is not None:
                 raise BundleError(
-                    f"{path} belongs to user {status.st_uid}, not to you ({os.geteuid()}) or root, and a plan is "
+                    f"{path} belongs to user {owner}, not to you ({os.geteuid()}) or root, and a plan is "
                     f"executable content; if you trust it: sudo chown -R {os.geteuid()} {folder}; if not, rebuild it: "
                     f"{self.build_command}"
                 )
 
     def _damaged(self, file: str, problem: str) -> BundleError:
         return BundleError(f"{self.path / file}: {problem}; rebuild it: {self.build_command}")
+
+
+def is_open_to_all(path: Path) -> bool:
+    """Everybody can write to it."""
+    return os.name == "posix" and bool(path.stat().st_mode & stat.S_IWOTH)
+
+
+def stranger_of(path: Path) -> int | None:
+    """The user whom it belongs to, where that is neither this one nor root."""
+    owner = path.stat().st_uid
+    return owner if os.name == "posix" and owner not in (0, os.geteuid()) else None
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import shlex
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux2_trt.bundle import Bundle
-from flux2_trt.errors import BundleError, Interrupted, UsageError
+from flux2_trt.errors import BundleError, DeviceError, Interrupted, UsageError
 from flux2_trt.finishing import Ahead, Finished, Finishing, PictureCallback, PictureSettings
 from flux2_trt.images import as_reference, check_size, load_reference
 from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
@@ -133,6 +135,7 @@ class Flux2Pipeline:
         self.bundle, self.backend = bundle, backend
         self.spec: ModelSpec = bundle.manifest.model
         self._runtime = runtime
+        self._at_the_end: weakref.finalize | None = None
         self._tokenizer: PromptTokenizer | None = None
         self._interrupted = False
         self.content_checks: ContentChecks | None = None
@@ -290,13 +293,22 @@ class Flux2Pipeline:
         """What runs the bundle, made when it is first needed."""
         if self._runtime is None:
             self._runtime = self._made_runtime()
+            self._at_the_end = weakref.finalize(self, _close_at_the_end, self._runtime, os.getpid())
         return self._runtime
 
     def close(self) -> None:
-        """Frees what was loaded; the next call loads it again."""
+        """Frees what was loaded, as does the end of the last reference; the next call loads it again."""
         if self._runtime is not None:
             runtime, self._runtime = self._runtime, None
+            if self._at_the_end:
+                self._at_the_end.detach()
             runtime.close()
+
+    def __enter__(self) -> Flux2Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _made_runtime(self) -> Runtime:
         manifest = self.bundle.manifest
@@ -307,9 +319,10 @@ class Flux2Pipeline:
                 f"{self.bundle.path} is not compiled yet; on a machine with a GPU of target {manifest.target}: "
                 f"flux2-trt build {shlex.quote(str(self.bundle.path))}, or run its graphs by torch: --backend torch"
             )
+        from flux2_trt.runtime.kernels import FOLDER
         from flux2_trt.runtime.placement import runtime_on_this_machine
 
-        return runtime_on_this_machine(self.bundle, self.backend)
+        return runtime_on_this_machine(self.bundle, self.backend, kernels=Store().root / FOLDER)
 
     def _tokens(self, side: int) -> int:
         return side // self.spec.autoencoder.pixels_per_token
@@ -508,6 +521,13 @@ class Flux2Pipeline:
         """[1, C, h, w] to uint8 [1, H, W, 3]."""
         channels_last = np.ascontiguousarray(latents.transpose(0, 2, 3, 1))
         return self.engine("vae_decoder").run({"latents": channels_last})["image"]
+
+
+def _close_at_the_end(runtime: Runtime, process: int) -> None:
+    """A fork inherits the pipeline and not what is on the device; a device that is lost has nothing to free."""
+    if os.getpid() == process:
+        with suppress(DeviceError):
+            runtime.close()
 
 
 def torch_uses_a_gpu() -> bool:

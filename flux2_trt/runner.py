@@ -154,6 +154,12 @@ class Runner:
         folder, _ = self._locate(options)
         return self._load(folder, options)
 
+    def close(self) -> None:
+        """Frees what the pipeline holds; the next request loads it again."""
+        if self._pipeline is not None:
+            pipeline, self._pipeline = self._pipeline, None
+            pipeline.close()
+
     def _checks(self, options: RunOptions, pipeline: Flux2Pipeline) -> ContentChecks | None:
         if self._own_checks is not None:
             return None if options.safety == "off" else self._own_checks
@@ -211,7 +217,7 @@ class Runner:
         if options.lora:
             folder = self._with_loras(folder, options.lora)
         if self._pipeline is None or (folder, backend) != (self._folder, self._backend):
-            self._pipeline = None  # the old one goes before the new one comes
+            self.close()  # the old one goes before the new one comes
             with self._console.clean_results():
                 from flux2_trt.pipeline import Flux2Pipeline
 

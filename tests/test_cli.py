@@ -62,6 +62,7 @@ class Bench:
     backends: list[str] = field(default_factory=list)
     calls: list[dict] = field(default_factory=list)
     builds: list[dict] = field(default_factory=list)
+    closed: int = 0
     truncated: bool = False
     failure: BaseException | None = None
     failing_step: int = 0
@@ -91,6 +92,9 @@ def bench(monkeypatch, tmp_path) -> Bench:
             bench.loads.append(Path(path))
             bench.backends.append(backend)
             return StandInPipeline(Bundle.open(path))
+
+        def close(self):
+            bench.closed += 1
 
         def __call__(self, *, seed, width, height, num_inference_steps, num_images_per_prompt, **rest):
             asked = {"seed": seed, "width": width, "height": height, "num_inference_steps": num_inference_steps}
@@ -209,6 +213,7 @@ def test_a_session_loads_again_for_another_backend(bench, terminal):
     publish()
     flux2("run", typed="a cube\nrun\nbackend=torch\nrun\nrun\nbackend=\nrun\nquit\n")
     assert bench.backends == ["plans", "torch", "plans"]
+    assert bench.closed == 2  # each before the next one is loaded
 
 
 def test_a_picture_carries_what_made_it(bench):

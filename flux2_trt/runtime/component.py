@@ -106,6 +106,7 @@ class DeviceEngine:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """Raises UsageError for sizes that the plan was not built for, DeviceError where the device fails."""
         lane, record = self.component.lane, self.component.record
+        lane.device.use_in_this_thread()
         sizes = self._complete(sizes_of(record, inputs))
         prepared = self._prepare(sizes)
         tensors = self.component.tensors(sizes)

@@ -50,7 +50,6 @@ class CudaDevice:
         self.multiprocessors: int = properties.multiProcessorCount
 
     def use_in_this_thread(self) -> None:
-        """CUDA's current device belongs to a thread: each that is not the one which made this calls it once."""
         self._call("cudaSetDevice", self._index)
 
     def free_bytes(self) -> int:

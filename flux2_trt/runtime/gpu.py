@@ -18,6 +18,7 @@ from flux2_trt.runtime.component import DeviceEngine
 from flux2_trt.runtime.denoiser import Denoiser
 from flux2_trt.runtime.device import Device
 from flux2_trt.runtime.engine import Engine
+from flux2_trt.runtime.kernels import KernelFile
 from flux2_trt.runtime.lane import Lane
 from flux2_trt.runtime.loop import DeviceLoop, Step, WholeStep
 from flux2_trt.runtime.plan import Plan
@@ -58,15 +59,15 @@ class GpuRuntime:
         overlaps: bool = True,
         graphs: bool = True,
         load_plan: LoadPlan | None = None,
-        cache: Path | None = None,
+        kernels: Path | None = None,
         weights: MakeWeights | None = None,
     ) -> None:
-        """`store`: of weights that other runtimes on this device share. `cache`: a folder for kernels that are made on
-        this machine. `weights`: in place of the bundle's files, from a component's record."""
+        """`store`: of weights that other runtimes on this device share. `kernels`: a folder for those that
+        TensorRT-RTX makes on this machine. `weights`: in place of the bundle's files, from a component's record."""
         self.bundle, self.device, self.residency = bundle, device, residency
         self.overlaps = overlaps and not residency.swapped  # what makes room would be in use
         self._store = store or WeightStore(device)
-        self._load_plan = load_plan or partial(_tensorrt_plan, cache)
+        self._load_plan = load_plan or partial(_tensorrt_plan, kernels)
         self._made_up = weights
         self._plans: dict[str, Plan] = {}
         self._files: dict[str, WeightSource] = {}
@@ -83,6 +84,7 @@ class GpuRuntime:
 
     def engine(self, component: Component) -> Engine:
         """Raises BundleError for a component that is not there, or a plan that is refused."""
+        self.device.use_in_this_thread()
         if component not in self._engines:
             lane = self._beside if component in BESIDE else self._lane
             self._engines[component] = DeviceEngine(self._component(component, lane), self._complete)
@@ -90,6 +92,7 @@ class GpuRuntime:
         return self._swapping(component, engine)
 
     def denoiser(self) -> Denoiser:
+        self.device.use_in_this_thread()
         if self._loop is None:
             self._loop = self._made_loop()
         return self._swapping("transformer", self._loop)
@@ -101,6 +104,7 @@ class GpuRuntime:
 
     def close(self) -> None:
         """Frees everything on the device but weights that others use."""
+        self.device.use_in_this_thread()
         with ExitStack() as rest:
             rest.callback(self._store.unload)
             rest.callback(self._lane.close)
@@ -230,6 +234,5 @@ def _rows(record: ComponentRecord) -> int | None:
     return record.profiles[-1]["steps"][2] if record.profiles else None
 
 
-def _tensorrt_plan(cache: Path | None, record: ComponentRecord, data: bytes) -> Plan:
-    kept = None if cache is None else cache / f"{record.plan.sha256[:16]}.{record.compiler_version}.kernels"
-    return TensorRTPlan(record.compiler, data, record.name, kept)
+def _tensorrt_plan(kernels: Path | None, record: ComponentRecord, data: bytes) -> Plan:
+    return TensorRTPlan(record.compiler, data, record.name, KernelFile.of(kernels, record) if kernels else None)

@@ -101,6 +101,7 @@ class DeviceLoop:
     def run(self, trajectory: Trajectory, on_step: OnStep, stage: Stage = untimed) -> Floats:
         """Raises UsageError for sizes that the plans were not built for, DeviceError where the device fails, and one
         that names the step where latents are not finite."""
+        self._lane.device.use_in_this_thread()
         with stage("conditioning"):
             prepared = self._prepare(self._sizes(trajectory))
         with stage("denoise"), self._lane.settling():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import DeviceError, DeviceMemoryError
@@ -16,9 +17,14 @@ from flux2_trt.runtime.gpu import BESIDE, GpuRuntime, LoadPlan, MakeWeights, Res
 
 
 def runtime_on_this_machine(
-    bundle: Bundle, backend: Backend = PLANS, open_device: Callable[[int], Device] = CudaDevice
+    bundle: Bundle,
+    backend: Backend = PLANS,
+    open_device: Callable[[int], Device] = CudaDevice,
+    kernels: Path | None = None,
 ) -> GpuRuntime:
     """On the first GPU that the bundle's plans are for, with its memory divided as `flux2-trt plan` says.
+
+    `kernels`: the folder where those are kept that a compiler makes on this machine.
 
     Raises DeviceError where there is none, DeviceMemoryError where the model does not fit the memory that is free.
     """
@@ -34,7 +40,9 @@ def runtime_on_this_machine(
         from flux2_trt.runtime.synthetic import synthetic_weights
 
         weights = partial(synthetic_weights, bundle)
-    return GpuRuntime(bundle, device, residency=residency, overlaps=overlaps, load_plan=load_plan, weights=weights)
+    return GpuRuntime(
+        bundle, device, residency=residency, overlaps=overlaps, load_plan=load_plan, weights=weights, kernels=kernels
+    )
 
 
 def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from flux2_trt.errors import BundleError, DeviceError
 from flux2_trt.manifest import build_command
 from flux2_trt.runtime.device import Address, Stream
+from flux2_trt.runtime.kernels import KernelFile
 from flux2_trt.runtime.plan import Shape
 
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
@@ -23,12 +22,12 @@ EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 class TensorRTPlan:
     """A plan that the GPU of this process has accepted.
 
-    `data`: the plan, whose digest was checked: it is executable content. `cache`: where TensorRT-RTX keeps the kernels
-    that it makes on this machine, so that they are made once. Raises BundleError with the compiler's own words where it
+    `data`: the plan, whose digest was checked: it is executable content. `kernels`: where TensorRT-RTX keeps those that
+    it makes on this machine, so that they are made once. Raises BundleError with the compiler's own words where it
     is refused, DeviceError where the package is missing.
     """
 
-    def __init__(self, compiler: str, data: bytes, name: str, cache: Path | None = None) -> None:
+    def __init__(self, compiler: str, data: bytes, name: str, kernels: KernelFile | None = None) -> None:
         self._trt, self.name = _module(compiler), name
         self._log = _log_of(compiler)
         runtime = self._trt.Runtime(self._log)  # host code in plans stays forbidden, which is its default
@@ -43,7 +42,8 @@ class TensorRTPlan:
         modes = {each: engine.get_tensor_mode(each) for each in names}
         self.inputs = frozenset(each for each, mode in modes.items() if mode == self._trt.TensorIOMode.INPUT)
         self._strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._configured = self._config(cache) if hasattr(self._trt, "IRuntimeCache") else None
+        self._kernels = kernels
+        self._configured = self._config() if hasattr(self._trt, "IRuntimeCache") else None
 
     def execution(self, shapes: Mapping[str, Shape], profile: int, stream: Stream) -> TensorRTExecution:
         """Raises DeviceError where no context can be made, or the shapes are not those of the profile."""
@@ -53,34 +53,31 @@ class TensorRTPlan:
             raise DeviceError(f"{self.name}: {self._log.last_error}; see what fits: flux2-trt plan")
         if not context.set_optimization_profile_async(profile, stream):
             raise DeviceError(f"{self.name} has no profile {profile}: {self._log.last_error}")
-        for name, shape in shapes.items():
+        of_weights = {name: tuple(engine.get_tensor_shape(name)) for name in self.inputs - set(shapes)}
+        for name, shape in {**of_weights, **shapes}.items():
             if not context.set_input_shape(name, shape):
                 raise DeviceError(f"{self.name} does not take {name} {list(shape)}: {self._log.last_error}")
-        for name in self.inputs - set(shapes):  # weights, of one shape each
-            context.set_input_shape(name, tuple(engine.get_tensor_shape(name)))
         return TensorRTExecution(self.name, context, self._log)
 
     def close(self) -> None:
         """Saves what TensorRT-RTX compiled here; executions are closed before."""
-        _, cache, path = self._configured or (None, None, None)
-        if cache is not None and path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            with suppress(OSError):  # it is made anew next time
-                partial.write_bytes(bytes(cache.serialize()))
-                partial.replace(path)
+        if self._configured and self._kernels:
+            made = bytes(self._configured[1].serialize())
+            if made != self._kept:
+                self._kernels.write(made)
         self._configured = self._engine = self._runtime = None
 
-    def _config(self, path: Path | None) -> tuple[Any, Any, Path | None]:
+    def _config(self) -> tuple[Any, Any]:
         """TensorRT-RTX makes kernels for the shapes at hand when they first come, before the plan is captured."""
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._strategy)
         config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         cache = config.create_runtime_cache()
-        if path is not None and path.is_file():
-            cache.deserialize(path.read_bytes())  # one of another version or GPU is passed over
+        self._kept = self._kernels.read() if self._kernels else b""
+        if self._kept:
+            cache.deserialize(self._kept)  # those of another GPU or driver are passed over
         config.set_runtime_cache(cache)
-        return config, cache, path
+        return config, cache
 
 
 class TensorRTExecution:

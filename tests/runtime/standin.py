@@ -23,6 +23,9 @@ FIRST_ADDRESS = 2**40
 POISON = 0xA5  # of memory that nothing was written to; NaN-like garbage in fp32 and bf16
 HOST = 0  # the host's own clock
 
+IN_USE = threading.local()
+"""The device of a thread: what libraries and CUDA itself take where none is named."""
+
 Clock = dict[int, int]
 Range = tuple[int, int]
 
@@ -87,6 +90,7 @@ class StandIn:
         self._pending: list[tuple[int, int, Range, bytes]] = []  # copies out of pinned memory
         self._arriving: list[tuple[int, int, int, bytes]] = []  # copies into it
         self._calls: dict[str, int] = {}
+        self.use_in_this_thread()
 
     # what the tests look at
 
@@ -118,6 +122,9 @@ class StandIn:
         self._enqueue(stream, Work(what, tuple(reads), tuple(writes), do))
 
     # Device
+
+    def use_in_this_thread(self) -> None:
+        IN_USE.device = self
 
     def free_bytes(self) -> int:
         return self.memory - self.used
@@ -276,6 +283,8 @@ class StandIn:
     def _call(self, name: str) -> None:
         self.trace.append(name)
         self._calls[name] = self._calls.get(name, 0) + 1
+        if getattr(IN_USE, "device", None) is not self:
+            raise RuleBroken(f"{name} would go to another GPU, which this thread uses")
         if self.fail == (name, self._calls[name]):
             raise DeviceMemoryError(f"{name} failed", 1, 0) if name == "allocate" else DeviceError(f"{name} failed")
 
