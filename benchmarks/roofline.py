@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from engines.drawing import Drawing
 from engines.footprint import parameters, weight_bytes
 from engines.forecast import Forecast, forecast
 from engines.hardware import GIGA, HARDWARE, TERA
@@ -21,6 +20,7 @@ from engines.setting import Setting
 from engines.targets import TARGETS
 from engines.work import runs_of, work_of
 from export.recipes import RECIPES
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import DeviceMemoryError
 from flux2_trt.models import published_spec
 from flux2_trt.spec import ModelSpec

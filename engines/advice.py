@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from engines.drawing import Drawing
 from engines.forecast import Forecast, forecast
 from engines.setting import Setting
 from engines.targets import TARGETS
 from export.recipes import RECIPES
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import DeviceMemoryError
 
 Asked = tuple[Setting, Drawing]

@@ -12,14 +12,16 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-from engines.drawing import Drawing
 from export.recipes import QUANTIZED_LINEARS, Dtype, Format, Recipe
+from flux2_trt.drawing import MAX_STEPS, Drawing
 from flux2_trt.inventory import Shapes, expected_tensors
 from flux2_trt.naming import Family
 from flux2_trt.spec import Component, ModelSpec
 
 DTYPE_BYTES: Mapping[Dtype, int] = {"fp32": 4, "bf16": 2}
-FP32_BYTES = 4
+FP32_BYTES, INDEX_BYTES = 4, 8
+ENCODED_SIZES = 2
+"""Sizes of references whose buffers stay at once (`flux2_trt.runtime.component.SIZES_KEPT`)."""
 NVFP4_BLOCK, INT4_BLOCK = 16, 64
 SHARED_INPUT = re.compile(r".+\.(k_proj|v_proj|up_proj)\.weight")
 """Linears that share their input, and its scale, with the one before them."""
@@ -93,15 +95,25 @@ def scratch_bytes(component: Component, spec: ModelSpec, drawing: Drawing) -> in
             return buffer_bytes(spec, drawing)  # conditioning copies what it reads and writes, at most
 
 
-def buffer_bytes(spec: ModelSpec, drawing: Drawing) -> int:
-    """Latents before and after a step, and all that they are computed from, prompts to pictures: exact, but for how
-    allocators round."""
-    size, rows = spec.transformer, drawing.sequences
-    text = rows * drawing.text_tokens * (FP32_BYTES * size.context_dim + 2 * size.hidden_size)
+def buffer_bytes(spec: ModelSpec, drawing: Drawing, dtype: Dtype = "bf16", in_blocks: bool = False) -> int:
+    """What all components read and write, prompts to pictures: exact, but for how allocators round.
+
+    `dtype`: of activations; `in_blocks`: the transformer is one plan a block, and activations lie between them.
+    """
+    size, rows, steps = spec.transformer, drawing.sequences, max(drawing.steps, MAX_STEPS)
+    text = (rows + 1) * drawing.text_tokens * FP32_BYTES * size.context_dim  # the loop's, and the text encoder's own
+    text += drawing.text_tokens * (rows * DTYPE_BYTES[dtype] * size.hidden_size + 2 * INDEX_BYTES)
     latents = 2 * FP32_BYTES * rows * drawing.latent_tokens * size.in_channels
-    tables = FP32_BYTES * (drawing.all_tokens * size.head_dim + drawing.latent_tokens + rows * rows)
-    modulation = FP32_BYTES * drawing.steps * size.modulation_size
-    return text + latents + tables + modulation + 3 * (drawing.pixels + max(drawing.references, default=0))
+    tables = FP32_BYTES * (drawing.all_tokens * size.head_dim + steps * drawing.latent_tokens + rows * rows)
+    modulation = FP32_BYTES * steps * (size.modulation_size + 2)
+    references = sorted(drawing.references)[-ENCODED_SIZES:]
+    pixels = drawing.pixels + sum(references)
+    pictures = 3 * pixels + FP32_BYTES * size.in_channels * pixels // drawing.pixels_per_token**2
+    between = 0
+    if in_blocks:
+        flows = 2 * 2 * drawing.all_tokens * size.hidden_size  # streams apart and joined, each before and after a block
+        between = rows * (DTYPE_BYTES[dtype] * flows + FP32_BYTES * size.modulation_size)
+    return text + latents + tables + modulation + pictures + between
 
 
 def _linear_bytes(name: str, shape: tuple[int, ...], recipe: Recipe) -> int:

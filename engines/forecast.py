@@ -10,17 +10,27 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from engines.drawing import Drawing
-from engines.footprint import buffer_bytes
 from engines.hardware import GIGA
-from engines.residency import BIG, KINDS, SLOTS, Residency, arrangements, least_bytes, reside
+from engines.residency import (
+    BIG,
+    KINDS,
+    SLOTS,
+    Arrangement,
+    Residency,
+    arrangements,
+    least_bytes,
+    reside,
+    residency_of,
+)
 from engines.roofline import Floor, compute_seconds, floor_of
 from engines.setting import Setting
 from engines.work import double_block, runs_of
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import DeviceMemoryError
 from flux2_trt.spec import Component
 
 MOST_BATCH = 1024  # beyond it the question is not asked
+WORTH_MOVING = 1.02  # of the time that a batch takes
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,7 @@ class Forecast:
 
 def forecast(setting: Setting, drawing: Drawing) -> Forecast:
     """The fastest arrangement that fits, by its floors. Raises DeviceMemoryError where none does."""
-    components = setting.components(drawing)
-    floors = {c: floor_of(c, setting.spec, drawing, setting.recipe, setting.hardware) for c in components}
-    scratch, buffers = setting.shared_scratch(drawing), buffer_bytes(setting.spec, drawing)
-    fitting = [
-        Forecast(setting, drawing, residency, _with_bus(floors, residency, setting, drawing), scratch, buffers)
-        for residency in _residencies(setting, drawing)
-    ]
+    fitting = [forecast_of(setting, drawing, residency) for residency in _residencies(setting, drawing)]
     if not fitting:
         needed, free = least_memory(setting, drawing), setting.memory_bytes
         up, down = math.ceil(needed / GIGA * 100) / 100, math.floor(free / GIGA * 100) / 100
@@ -103,23 +107,51 @@ def forecast(setting: Setting, drawing: Drawing) -> Forecast:
     return min(fitting, key=lambda each: each.batch_seconds)  # of equals the first, which moves least
 
 
+def forecast_of(setting: Setting, drawing: Drawing, residency: Residency) -> Forecast:
+    """With weights as `residency` has them, whether they fit or not."""
+    components = setting.components(drawing)
+    floors = {c: floor_of(c, setting.spec, drawing, setting.recipe, setting.hardware) for c in components}
+    return Forecast(
+        setting,
+        drawing,
+        residency,
+        _with_bus(floors, residency, setting, drawing),
+        setting.shared_scratch(drawing),
+        setting.buffers(drawing, residency.streamed is not None),
+    )
+
+
+def kept(setting: Setting, drawing: Drawing, before: Residency) -> Forecast | None:
+    """The forecast with weights as they were for other pictures, where these fit so too and take no longer than they
+    would otherwise, but for `WORTH_MOVING`; else None."""
+    residency = residency_of(setting.all_weights(drawing), setting.blocks, before.moved, before.streamed)
+    made = forecast_of(setting, drawing, residency)
+    fits = made.device_bytes <= setting.memory_bytes
+    return made if fits and made.batch_seconds <= WORTH_MOVING * forecast(setting, drawing).batch_seconds else None
+
+
 def least_memory(setting: Setting, drawing: Drawing) -> int:
     """The least bytes of a device that do, with all moved that can be."""
     weights = setting.all_weights(drawing)
-    options = arrangements(setting.can_stream)
-    return _beside(setting, drawing) + min(least_bytes(option, weights, setting.blocks) for option in options)
+    return min(
+        _beside(setting, drawing, option) + least_bytes(option, weights, setting.blocks)
+        for option in arrangements(setting.can_stream)
+    )
 
 
-def _beside(setting: Setting, drawing: Drawing) -> int:
+def _beside(setting: Setting, drawing: Drawing, arrangement: Arrangement) -> int:
     """All but weights."""
-    return setting.shared_scratch(drawing) + buffer_bytes(setting.spec, drawing) + setting.context_bytes
+    buffers = setting.buffers(drawing, arrangement.streams)
+    return setting.shared_scratch(drawing) + buffers + setting.context_bytes
 
 
 def _residencies(setting: Setting, drawing: Drawing) -> list[Residency]:
     """Every arrangement that fits, those that move least first."""
-    weights, room = setting.all_weights(drawing), setting.memory_bytes - _beside(setting, drawing)
-    options = arrangements(setting.can_stream)
-    found = (reside(option, weights, setting.blocks, room) for option in options)
+    weights = setting.all_weights(drawing)
+    found = (
+        reside(option, weights, setting.blocks, setting.memory_bytes - _beside(setting, drawing, option))
+        for option in arrangements(setting.can_stream)
+    )
     return [residency for residency in found if residency]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from engines.advice import improvements
 from engines.forecast import MOST_BATCH, Forecast, largest
 from engines.hardware import GIGA
-from engines.shapes import MEGAPIXEL
 from engines.work import runs_of
 from flux2_trt.doctor import size_text
+from flux2_trt.drawing import MEGAPIXEL
 from flux2_trt.spec import Component
 
 

@@ -9,7 +9,7 @@ is computed with. Components run one after the other and share one scratch memor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
@@ -20,6 +20,9 @@ Kind = Literal["resident", "swapped", "streamed"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """By how much they move."""
 BIG: tuple[Component, ...] = ("text_encoder", "transformer")
+SMALL: tuple[Component, ...] = ("vae_encoder", "vae_decoder")
+LOOP: tuple[Component, ...] = ("conditioning", "transformer")
+"""On the device together: every picture is conditioned before it is denoised."""
 SLOTS = 2
 
 
@@ -104,15 +107,29 @@ class Residency:
     def pinned_bytes(self) -> int:
         return sum(placement.pinned_bytes for placement in self.placements.values())
 
+    @property
+    def moved(self) -> frozenset[Component]:
+        """What makes room for one another between stages; of a streamed transformer, what of it stays in a step."""
+        return frozenset(name for name, placement in self.placements.items() if placement.moved_bytes)
+
+    @property
+    def streamed(self) -> Streamed | None:
+        return self.placements["transformer"].streamed
+
 
 @dataclass(frozen=True)
 class Arrangement:
     """What is moved at all. `alternates`: text encoder and transformer make room for one another and for the others;
-    `swaps_small`: so do those."""
+    `swaps_small`: so do those, and with both what conditions goes and comes with the transformer."""
 
     alternates: bool
     swaps_small: bool
     streams: bool
+
+    @property
+    def moved(self) -> frozenset[Component]:
+        moved = (BIG if self.alternates else ()) + (SMALL if self.swaps_small else ())
+        return frozenset(moved) | frozenset(LOOP if self.alternates and self.swaps_small else ())
 
 
 def arrangements(can_stream: bool) -> Iterator[Arrangement]:
@@ -124,48 +141,57 @@ def arrangements(can_stream: bool) -> Iterator[Arrangement]:
 
 def least_bytes(arrangement: Arrangement, weights: Mapping[Component, int], blocks: Blocks) -> int:
     """The least room for weights in which the arrangement works."""
-    base, largest = _around(arrangement, weights)
-    transformer = weights["transformer"]
-    if arrangement.streams:
-        transformer += blocks.least_bytes - blocks.bytes
-    return base + (max(largest, transformer) if arrangement.alternates else transformer + largest)
+    of_blocks = blocks.least_bytes if arrangement.streams else blocks.bytes
+    return _peak(weights, arrangement.moved, weights["transformer"] - blocks.bytes + of_blocks)
 
 
 def reside(arrangement: Arrangement, weights: Mapping[Component, int], blocks: Blocks, room: int) -> Residency | None:
     """The arrangement within `room` bytes for weights; None where it does not fit."""
     if least_bytes(arrangement, weights, blocks) > room:
         return None
-    base, largest = _around(arrangement, weights)
-    whole, streamed = weights["transformer"], None
-    device = whole
+    streamed = None
     if arrangement.streams:
-        beside = base if arrangement.alternates else base + largest
-        rest = whole - blocks.bytes
-        streamed = blocks.streamed(room - beside - rest)
+        ends = weights["transformer"] - blocks.bytes
+        streamed = blocks.streamed(room - _beside_transformer(weights, arrangement.moved) - ends)
         if not streamed.bytes:
             return None  # nothing has to be streamed: that is another arrangement
-        device = rest + streamed.device_bytes
+    return residency_of(weights, blocks, arrangement.moved, streamed)
+
+
+def residency_of(
+    weights: Mapping[Component, int], blocks: Blocks, moved: Container[Component], streamed: Streamed | None
+) -> Residency:
+    """With the components that make room for one another, and the blocks that are streamed."""
     placements: dict[Component, Placement] = {}
     for component, size in weights.items():
-        moved = arrangement.alternates if component in BIG else arrangement.swaps_small
-        kind: Kind = "swapped" if moved else "resident"
+        moves = component in moved
         if component == "transformer" and streamed:
-            kept = whole - streamed.bytes
-            placements[component] = Placement(component, "streamed", whole, device, kept if moved else 0, streamed)
+            device = size - blocks.bytes + streamed.device_bytes
+            kept = size - streamed.bytes if moves else 0
+            placements[component] = Placement(component, "streamed", size, device, kept, streamed)
         else:
-            placements[component] = Placement(component, kind, size, size, size if moved else 0)
-    peak = base + (max(largest, device) if arrangement.alternates else device + largest)
-    return Residency(placements, peak)
+            kind: Kind = "swapped" if moves else "resident"
+            placements[component] = Placement(component, kind, size, size, size if moves else 0)
+    return Residency(placements, _peak(weights, moved, placements["transformer"].device_bytes))
 
 
-def _around(arrangement: Arrangement, weights: Mapping[Component, int]) -> tuple[int, int]:
+def _peak(weights: Mapping[Component, int], moved: Container[Component], transformer: int) -> int:
+    """Bytes of weights at once, with those of the transformer that are on the device."""
+    running = _beside_transformer(weights, moved) + transformer
+    stays, goes = _others(weights, moved)
+    return max(running, stays + goes) if "transformer" in moved else running
+
+
+def _beside_transformer(weights: Mapping[Component, int], moved: Container[Component]) -> int:
+    """Bytes of the other weights that have to have room while it runs, or at another time where it stays."""
+    stays, goes = _others(weights, moved)
+    if "transformer" not in moved:
+        return stays + goes
+    return stays + sum(size for name, size in weights.items() if name in LOOP[:-1] and name in moved)
+
+
+def _others(weights: Mapping[Component, int], moved: Container[Component]) -> tuple[int, int]:
     """Bytes of all but the transformer: of what always stays, and of the largest that comes and goes."""
-    stays, goes = 0, 0
-    for component, size in weights.items():
-        if component == "transformer":
-            continue
-        if arrangement.alternates if component in BIG else arrangement.swaps_small:
-            goes = max(goes, size)
-        else:
-            stays += size
+    stays = sum(size for name, size in weights.items() if name != "transformer" and name not in moved)
+    goes = max((size for name, size in weights.items() if name not in LOOP and name in moved), default=0)
     return stays, goes

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from engines.drawing import Drawing
 from engines.footprint import value_bytes, weight_bytes
 from engines.hardware import Hardware, Rates
 from engines.work import Work, work_of
 from export.recipes import QUANTIZED_ATTENTION, Dtype, Format, Recipe
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import UsageError
 from flux2_trt.spec import Component, ModelSpec
 

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
-from engines.drawing import Drawing
-from engines.footprint import scratch_bytes, weight_bytes
+from engines.footprint import buffer_bytes, scratch_bytes, weight_bytes
 from engines.hardware import CONTEXT_BYTES, GIGA, HARDWARE, Hardware, hardware_of
 from engines.residency import Blocks
 from engines.targets import AUTO, Target, resolve_precision, resolve_target
 from export.recipes import RECIPES, Recipe
 from flux2_trt.bundle import read_manifest
 from flux2_trt.doctor import find_gpus
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import UsageError
 from flux2_trt.manifest import MANIFEST_FILE, PART_NAMES, Manifest
 from flux2_trt.models import FAMILY, published_spec, spec_from_diffusers
@@ -53,7 +53,8 @@ class Recorded:
 class Setting:
     """`memory_bytes`: free on the device before there is a context, which then takes `context_bytes`.
 
-    `text_encoder`: "remote" where prompt embeds come from elsewhere.
+    `text_encoder`: "remote" where prompt embeds come from elsewhere. `measured`: bytes of scratch that plans were asked
+    for at the sizes of a drawing.
     """
 
     target: str
@@ -64,6 +65,7 @@ class Setting:
     text_encoder: TextEncoderPlace = "local"
     recorded: Recorded | None = None
     context_bytes: int = CONTEXT_BYTES
+    measured: Mapping[Component, int] = field(default_factory=dict)
 
     @property
     def can_stream(self) -> bool:
@@ -85,13 +87,21 @@ class Setting:
         }
 
     def scratch(self, component: Component, drawing: Drawing) -> int:
-        """Bytes: the estimate, or what the compiler said where that is more, since plans allow larger pictures."""
+        """Bytes: as measured; else the estimate, or what the compiler said where that is more, since plans allow larger
+        pictures."""
+        if component in self.measured:
+            return self.measured[component]
         recorded = self.recorded.scratch.get(component, 0) if self.recorded else 0
         return max(scratch_bytes(component, self.spec, drawing), recorded)
 
     def shared_scratch(self, drawing: Drawing) -> int:
         """Bytes that are enough for each component in its turn."""
         return max(self.scratch(component, drawing) for component in self.components(drawing))
+
+    def buffers(self, drawing: Drawing, streams: bool = False) -> int:
+        """Bytes of what components read and write; `streams`: blocks of the transformer."""
+        in_blocks = streams or bool(self.recorded and self.recorded.streams)
+        return buffer_bytes(self.spec, drawing, self.recipe.dtype, in_blocks)
 
     @cached_property
     def blocks(self) -> Blocks:

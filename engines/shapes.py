@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flux2_trt.drawing import MAX_STEPS, MEGAPIXEL
 from flux2_trt.errors import UsageError
 from flux2_trt.spec import Component, ModelSpec
-
-MEGAPIXEL = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ SIZE_CLASSES: Mapping[str, SizeClass] = {
     "4mp": SizeClass(4 * MEGAPIXEL, 4 * MEGAPIXEL),
 }
 DEFAULT_SIZES = ("any",)
-MAX_STEPS = 100
 MIN_TEXT_TOKENS = 16
 """With the 16 tokens of the smallest picture this makes 32, below which TensorRT-RTX 1.7 fuses no FP8 attention."""
 

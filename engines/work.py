@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from engines.drawing import Drawing
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import UsageError
 from flux2_trt.spec import AutoencoderSpec, Component, ModelSpec, TextEncoderSpec, TransformerSpec
 

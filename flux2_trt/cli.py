@@ -235,9 +235,9 @@ def plan(
     Exits with 1 where it does not fit. Times are floors from peak rates: nothing is measured, nothing is run.
     """
     from engines.advice import preflight
-    from engines.drawing import Drawing
     from engines.report import lines_of, values_of
     from engines.setting import resolve_setting
+    from flux2_trt.drawing import Drawing
 
     console = _console(json, quiet)
     setting = resolve_setting(model, target, precision, memory, text_encoder)

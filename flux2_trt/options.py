@@ -243,6 +243,14 @@ class RunOptions:
     num_images: int = field(
         default=1, metadata=_option("How many pictures (default: 1).", "a whole number from 1", _positive)
     )
+    batch: int = field(
+        default=1,
+        metadata=_option(
+            "How many of them are denoised together (default: 1); see flux2-trt plan for when that is faster.",
+            "a whole number from 1",
+            _positive,
+        ),
+    )
     output: Path | None = field(
         default=None,
         metadata=_option(

@@ -21,19 +21,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux2_trt.bundle import Bundle
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import BundleError, DeviceError, Interrupted, UsageError
 from flux2_trt.finishing import Ahead, Finished, Finishing, PictureCallback, PictureSettings
 from flux2_trt.images import as_reference, check_size, load_reference
-from flux2_trt.latents import pack, position_ids, rotary_tables, unpack
+from flux2_trt.latents import pack, unpack
 from flux2_trt.noise import noise_batch, picture_seeds
 from flux2_trt.runtime.choice import find_runnable
-from flux2_trt.runtime.denoiser import Trajectory
 from flux2_trt.runtime.engine import BACKENDS, CPU, PLANS, Backend, Engine, Runtime
 from flux2_trt.runtime.host import HostRuntime
 from flux2_trt.schedule import sigmas as schedule_sigmas
 from flux2_trt.spec import Component, ModelSpec
 from flux2_trt.store import Store
 from flux2_trt.text import PromptTokenizer, TokenizedPrompts
+from flux2_trt.trajectory import Start, trajectory_of
 
 if TYPE_CHECKING:
     from flux2_trt.safety import ContentChecks
@@ -64,15 +65,6 @@ class Output:
     truncated: tuple[bool, ...]
     timings: dict[str, float]
     refused: tuple[str | None, ...]
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """One picture to make: prompt embeds [T, context_dim], reference latents [h, w, C] each, noise [C, h, w]."""
-
-    embeds: Floats
-    references: tuple[Floats, ...]
-    noise: Callable[[], Floats]
 
 
 @dataclass
@@ -168,6 +160,7 @@ class Flux2Pipeline:
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        batch_size: int = 1,
         seed: int | None = None,
         latents: Floats | None = None,
         prompt_embeds: Floats | None = None,
@@ -182,7 +175,9 @@ class Flux2Pipeline:
         of the first reference, else the model's default. `sigmas`: noise levels before the shift, one per step.
         `latents`: noise [B, C, h, w] fp32 in place of the seed's; `prompt_embeds` [B, T, context_dim] fp32 in place of
         prompts, and `negative_prompt_embeds` [1, T, context_dim] in place of the empty prompt's, where guidance takes
-        them. Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed.
+        them. Picture i, of prompt i // num_images_per_prompt, has seed + i as its own seed. `batch_size`: how many are
+        denoised together, where their references have the same sizes: faster where weights are streamed, and no longer
+        the same to the last bit as one by one.
         `callback_on_step_end(pipeline, step, timestep, {"latents": [b, C, h, w]})` may return other latents.
         `callback_on_picture(settings, picture, refused)` gets each picture, in order, once it is decoded and checked:
         from another thread while the next one is denoised, where the runtime overlaps. What it raises ends the call
@@ -200,8 +195,9 @@ class Flux2Pipeline:
             guidance = self._check_guidance(guidance_scale)
             if output_type not in ("pil", "np", "latent"):
                 raise UsageError(f"output_type {output_type!r} is not known; give 'pil', 'np' or 'latent'")
-            if num_images_per_prompt < 1:
-                raise UsageError(f"{num_images_per_prompt} images per prompt are not possible; give 1 or more")
+            for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
+                if value < 1:
+                    raise UsageError(f"{name} {value} is not possible; give 1 or more")
             steps = len(sigmas) if sigmas is not None and num_inference_steps is None else num_inference_steps
             steps = self.spec.sampling.num_inference_steps if steps is None else steps
 
@@ -209,10 +205,25 @@ class Flux2Pipeline:
                 for text in prompts or ():
                     self.content_checks.require_prompt(text)
 
-            # 2. References and size
+            # 2. References and size; then what of the model is where, and whether it fits
             references = self._load_references(image, count)
             width, height = self._size(width, height, references, latents)
             levels = schedule_sigmas(steps, self._tokens(width) * self._tokens(height), sigmas)
+            given = None if prompt_embeds is None else np.asarray(prompt_embeds, dtype=np.float32)
+            tokens = None if prompts is None else self._tokenize(prompts)
+            length = tokens.input_ids.shape[1] if tokens else len(given[0])
+            guided = self._uses_cfg(guidance)
+            drawing = Drawing(
+                width=width,
+                height=height,
+                batch=min(batch_size, count * num_images_per_prompt),
+                references=_largest([[pixels.shape[0] * pixels.shape[1] for pixels in group] for group in references]),
+                text_tokens=length,
+                steps=steps,
+                guided=guided,
+                pixels_per_token=self.spec.autoencoder.pixels_per_token,
+            )
+            self.runtime.arrange(drawing, encodes=given is None or (guided and negative_prompt_embeds is None))
 
             # 3. Noise, drawn by a thread
             total = count * num_images_per_prompt
@@ -221,8 +232,7 @@ class Flux2Pipeline:
             with ExitStack() as stack:
                 noise = stack.enter_context(self._noise(seeds, width, height, latents))
 
-                # 4. What becomes of a picture's latents, one picture at a time: a seed gives the same bits whatever is
-                # made beside it
+                # 4. What becomes of a picture's latents, one picture at a time
                 def hand_on(index: int, values: NDArray[Any]) -> Finished:
                     refused = None if output_type == "latent" else self._refusal(values)
                     finished = Finished(np.zeros_like(values) if refused else values, refused)
@@ -238,14 +248,11 @@ class Flux2Pipeline:
 
                 # 5. Encode: of several prompts each while the picture before it is denoised, where the runtime overlaps
                 with clock.stage("text_encoder"):
-                    unconditional = self._unconditional(negative_prompt_embeds) if self._uses_cfg(guidance) else None
-                    if prompts is None:
-                        given = np.asarray(prompt_embeds, dtype=np.float32)
-                        texts, truncated, length = Ahead(given.__getitem__, count), (False,) * count, given.shape[1]
+                    unconditional = self._unconditional(negative_prompt_embeds) if guided else None
+                    if tokens is None:
+                        texts, truncated = Ahead(given.__getitem__, count), (False,) * count
                     else:
-                        tokens = self._tokenize(prompts)
-                        truncated, length = tokens.truncated, tokens.input_ids.shape[1]
-                        encode = partial(self._encode, tokens)
+                        encode, truncated = partial(self._encode, tokens), tokens.truncated
                         texts = Ahead(encode, count, finishing.beside if self.runtime.overlaps else None)
                     if unconditional is not None and length != len(unconditional):
                         raise UsageError(
@@ -257,17 +264,22 @@ class Flux2Pipeline:
                     encoded = self._encode_references(references)
 
                 # 6. Denoise and finish
-                for index, drawn in enumerate(noise.drawn):
-                    of = index // num_images_per_prompt
+                of_prompts = [index // num_images_per_prompt for index in range(total)]
+                grids = [[latents.shape for latents in encoded[of]] for of in of_prompts]
+                for together in batches(grids, batch_size):
                     with clock.stage("text_encoder"):
-                        embeds = texts[of]
-                    picture = _Picture(embeds, encoded[of], drawn)
+                        embeds = [texts[of_prompts[index]] for index in together]
+                    starts = [
+                        Start(noise.drawn[index](), text, encoded[of_prompts[index]])
+                        for index, text in zip(together, embeds, strict=True)
+                    ]
                     final = self._denoise(
-                        picture, unconditional, guidance, levels, clock, callback_on_step_end, finishing
+                        starts, unconditional, guidance, levels, clock, callback_on_step_end, finishing
                     )
-                    with clock.stage("vae_decoder"):
-                        finishing.decode(final)
-                    finishing.hand_on()
+                    for index in range(len(together)):
+                        with clock.stage("vae_decoder"):
+                            finishing.decode(final[index : index + 1])
+                        finishing.hand_on()
                 with clock.stage("vae_decoder"):
                     finishing.wait_for_decoding()
                 results = finishing.results()
@@ -454,7 +466,7 @@ class Flux2Pipeline:
 
     def _denoise(
         self,
-        picture: _Picture,
+        starts: Sequence[Start],
         unconditional: Floats | None,
         guidance: float,
         levels: NDArray[np.float64],
@@ -462,56 +474,32 @@ class Flux2Pipeline:
         callback: StepCallback | None,
         finishing: Finishing,
     ) -> Floats:
-        """The Euler loop of one picture; returns latents [1, C, h, w]."""
-        noise = picture.noise()
-        _, height, width = noise.shape
-        image_tokens = height * width
-        embeds = np.stack([picture.embeds] if unconditional is None else [unconditional, picture.embeds])
-        grids = [latents.shape[:2] for latents in picture.references]
-        references = [latents.reshape(1, -1, latents.shape[-1]) for latents in picture.references]
-        tokens = np.concatenate([pack(noise[None]), *references], axis=1).repeat(len(embeds), axis=0)
-        steps = np.diff(levels.astype(np.float32))
-        dt = np.zeros((len(steps), tokens.shape[1]), np.float32)
-        dt[:, :image_tokens] = steps[:, None]
-        size, sampling = self.spec.transformer, self.spec.sampling
-        ids = position_ids(embeds.shape[1], height, width, grids)
-        cos, sin = rotary_tables(ids, size.axes_dim, size.theta)
-        trajectory = Trajectory(
-            timestep=levels[:-1].astype(np.float32),
-            guidance=np.full(len(steps), guidance, np.float32) if size.guidance_embeds else None,
-            prompt_embeds=embeds,
-            tokens=tokens,
-            dt=dt,
-            cos=cos,
-            sin=sin,
-            guidance_mix=_guidance_mix(len(embeds), guidance) if sampling.guidance_kind == "classifier_free" else None,
-        )
+        """The Euler loop of pictures that are made together; returns latents [B, C, h, w]."""
+        trajectory = trajectory_of(self.spec, starts, levels, guidance, unconditional)
+        count, (_, height, width) = len(starts), starts[0].noise.shape
+        steps, image_tokens = trajectory.steps, height * width
+
+        def latents_of(tokens: Floats) -> Floats:
+            return unpack(tokens[:count, :image_tokens], height, width)
 
         def on_step(index: int, read: Callable[[], Floats]) -> Floats | None:
             changed = None
             if callback is not None:
-                changed = self._call_back(callback, index, float(levels[index]), read, (height, width))
+                latents = _StepLatents(lambda: latents_of(read()))
+                changed = (callback(self, index, float(levels[index]), latents) or {}).get("latents")
             finishing.require_sound()
-            if self._interrupted and index + 1 < len(steps):
-                raise Interrupted(f"stopped after {index + 1} of {len(steps)} steps")
-            return changed
+            if self._interrupted and index + 1 < steps:
+                raise Interrupted(f"stopped after {index + 1} of {steps} steps")
+            if changed is None:
+                return None
+            tokens = np.array(read())
+            rows = pack(np.asarray(changed, np.float32))
+            tokens[:, :image_tokens] = np.tile(rows, (len(tokens) // count, 1, 1))
+            return tokens
 
         if self._interrupted:
-            raise Interrupted(f"stopped after 0 of {len(steps)} steps")
-        final = self.runtime.denoiser().run(trajectory, on_step, clock.stage)
-        return unpack(final[:1, :image_tokens], height, width)
-
-    def _call_back(
-        self, callback: StepCallback, index: int, timestep: float, read: Callable[[], Floats], size: tuple[int, int]
-    ) -> Floats | None:
-        """Tokens [B, N, C] where the callback gives other latents."""
-        image_tokens = size[0] * size[1]
-        changed = callback(self, index, timestep, _StepLatents(lambda: unpack(read()[:1, :image_tokens], *size))) or {}
-        if "latents" not in changed:
-            return None
-        tokens = np.array(read())
-        tokens[:, :image_tokens] = pack(np.asarray(changed["latents"], np.float32))
-        return tokens
+            raise Interrupted(f"stopped after 0 of {steps} steps")
+        return latents_of(self.runtime.denoiser().run(trajectory, on_step, clock.stage))
 
     def _refusal(self, pixels: NDArray[Any]) -> str | None:
         """Why the checks refuse a picture, uint8 [1, H, W, 3]."""
@@ -539,11 +527,20 @@ def torch_uses_a_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _guidance_mix(batch: int, guidance: float) -> Floats:
-    """What each row's velocity is made of: itself, or both rows (1 - g) * unconditional + g * conditional."""
-    if batch == 1:
-        return np.eye(1, dtype=np.float32)
-    return np.array([[1.0 - guidance, guidance]] * 2, np.float32)
+def batches(kinds: Sequence[Any], size: int) -> list[range]:
+    """Numbers in order, in runs of the same kind and of `size` at most."""
+    made: list[range] = []
+    for index, kind in enumerate(kinds):
+        if made and len(made[-1]) < size and kinds[made[-1].start] == kind:
+            made[-1] = range(made[-1].start, index + 1)
+        else:
+            made.append(range(index, index + 1))
+    return made
+
+
+def _largest(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The group whose references have the most pixels."""
+    return tuple(max(groups, key=sum))
 
 
 def _as_output(images: NDArray[Any], output_type: OutputType) -> Any:

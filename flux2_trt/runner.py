@@ -142,7 +142,7 @@ class Runner:
                 return imprint(pixels, format, parameters(settings), wanted, ingredients)
 
             with self._console.clean_results():
-                threads = THREADS if pipeline.runtime.overlaps else 0
+                threads = 0 if pipeline.runtime.computes_on_host else THREADS
             with Writing(names, imprinted, on_written, self._console.warn, threads) as writing:
                 output = self._draw(pipeline, options, wording, references, seed, writing)
             bits = writing.watermark_bits
@@ -274,7 +274,7 @@ class Runner:
         writing: Writing,
     ) -> Output:
         steps = options.steps or (len(options.sigmas) if options.sigmas else pipeline.spec.sampling.num_inference_steps)
-        console, count = self._console, options.num_images * len(wording.prompts)
+        console, count = self._console, -(-options.num_images * len(wording.prompts) // options.batch)
         asked: dict[str, Any] = {"prompt": wording.prompts[0]}
         if made := wording.embeds:
             asked = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative}
@@ -293,6 +293,7 @@ class Runner:
                 sigmas=options.sigmas,
                 guidance_scale=options.guidance,
                 num_images_per_prompt=options.num_images,
+                batch_size=options.batch,
                 seed=seed,
                 output_type="pil",
                 callback_on_step_end=on_step_end,

@@ -85,7 +85,7 @@ def bench(monkeypatch, tmp_path) -> Bench:
     class StandInPipeline:
         def __init__(self, bundle: Bundle) -> None:
             self.bundle, self.spec = bundle, bundle.manifest.model
-            self.runtime = SimpleNamespace(overlaps=bench.overlaps)
+            self.runtime = SimpleNamespace(overlaps=bench.overlaps, computes_on_host=not bench.overlaps)
 
         @staticmethod
         def from_bundle(path, backend):

@@ -21,11 +21,11 @@ def assigned(*assignments: str) -> RunOptions:
 def test_assignments_set_typed_values():
     options = assigned(
         "prompt=a red cube = a box", "image=a.png,b.jpg", "width=512", "match-image=2", "guidance=2.5", "seed=7",
-        "sigmas=1,0.5", "output=out.png", "num_images=3", "model=tiny",
+        "sigmas=1,0.5", "output=out.png", "num_images=3", "batch=2", "model=tiny",
     )  # fmt: skip
     assert options == RunOptions(
         prompt="a red cube = a box", image=(Path("a.png"), Path("b.jpg")), width=512, match_image=2, guidance=2.5,
-        seed=7, sigmas=(1.0, 0.5), output=Path("out.png"), num_images=3, model="tiny",
+        seed=7, sigmas=(1.0, 0.5), output=Path("out.png"), num_images=3, batch=2, model="tiny",
     )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def test_an_unknown_key_lists_the_known_ones():
         ("sigmas=0.5,1", "strictly decrease"),
         ("sigmas=1,,0.5", "numbers like"),
         ("num_images=0", "whole number"),
+        ("batch=0", "whole number"),
         ("quality=0", "from 1 to 100"),
         ("quality=101", "from 1 to 100"),
         ("metadata=all", "full, minimal or none"),

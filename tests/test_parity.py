@@ -29,6 +29,7 @@ from flux2_trt.encoding import encode_file
 from flux2_trt.errors import Interrupted, UsageError
 from flux2_trt.options import RunOptions
 from flux2_trt.pipeline import Flux2Pipeline as OurPipeline
+from flux2_trt.pipeline import batches
 
 Floats = NDArray[np.float32]
 
@@ -308,6 +309,57 @@ def test_a_seed_gives_the_same_latents_alone_and_in_a_batch(base: Pair) -> None:
     for index, prompt in enumerate(prompts):
         alone = latents_of(base.ours, prompt=prompt, seed=batch.seeds[index])
         np.testing.assert_array_equal(alone[0], batch.images[index])
+
+
+@pytest.mark.parametrize("sizes", [[], [(96, 64), (64, 64)]], ids=["from text", "from two references"])
+def test_pictures_that_are_denoised_together_are_those_of_diffusers(pair: Pair, sizes: list[tuple[int, int]]) -> None:
+    """With guidance, which makes two rows of each."""
+    noise, embeds = normal(3, 16, 5, 7), normal(3, text_tokens(pair), 24, seed=1)
+    arguments: dict[str, Any] = {"height": 80, "width": 112, "num_inference_steps": 3, **guidance(pair)}
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)] or None
+    together = pair.ours(
+        image=images, prompt_embeds=embeds, latents=noise, batch_size=2, output_type="latent", **arguments
+    ).images
+    for index in range(3):
+        one = {"prompt_embeds": embeds[index : index + 1], "latents": noise[index : index + 1], **arguments}
+        theirs = pair.expected(image=images and list(images), **one, **negative(pair))
+        assert relative_error(together[index : index + 1], theirs) < FINAL_LATENTS
+
+
+def test_only_pictures_with_references_of_the_same_sizes_are_denoised_together(base: Pair) -> None:
+    assert batches("aaabba", 2) == [range(2), range(2, 3), range(3, 5), range(5, 6)]
+    small, large = picture(64, 64, 1), picture(96, 64, 2)
+    groups: list[list[Any]] = [[small], [picture(64, 64, 3)], [large], []]
+    rows: list[int] = []
+
+    def look(pipeline: OurPipeline, step: int, timestep: float, tensors: Any) -> None:
+        rows.append(len(tensors["latents"]))
+
+    asked: dict[str, Any] = {"prompt": list("abcd"), "image": groups, "seed": 1}
+    together = latents_of(base.ours, **asked, batch_size=4, callback_on_step_end=look)
+    assert rows == [2, 2, 1, 1, 1, 1]
+    assert relative_error(together, latents_of(base.ours, **asked)) < FINAL_LATENTS
+    with pytest.raises(UsageError, match="batch_size 0 is not possible"):
+        latents_of(base.ours, **asked, batch_size=0)
+
+
+def test_a_callback_changes_all_latents_of_a_batch(base: Pair) -> None:
+    """And both rows of each that guidance makes."""
+    asked: dict[str, Any] = {"prompt": ["a", "b"], "seed": 1, "num_inference_steps": 3}
+    other = normal(2, 16, 4, 5, seed=9)
+
+    def change(pipeline: OurPipeline, step: int, timestep: float, tensors: Any) -> Any:
+        rows = slice(len(seen), len(seen) + len(tensors["latents"])) if step == 1 else slice(0)
+        seen.extend(range(rows.start or 0, rows.stop))
+        return {"latents": other[rows]} if step == 1 else None
+
+    found = []
+    for size in (1, 2):
+        seen: list[int] = []
+        found.append(latents_of(base.ours, **asked, batch_size=size, callback_on_step_end=change))
+        assert seen == [0, 1]
+    assert relative_error(found[1], found[0]) < FINAL_LATENTS
+    assert relative_error(latents_of(base.ours, **asked), found[0]) > 0.01
 
 
 def test_images_per_prompt(base: Pair) -> None:

@@ -90,11 +90,11 @@ def test_bad_input_is_one_line_and_exit_2(arguments: tuple[str, ...], message: s
 
 
 def test_what_does_not_fit_exits_1_with_advice() -> None:
-    result = plan("klein-4b", "--target", "rtx4090", "--memory", "4")
+    result = plan("klein-4b", "--target", "rtx4090", "--memory", "4.2")
     assert (result.exit_code, result.stdout) == (1, "")
     [line] = result.stderr.splitlines()
-    assert line.startswith("error: klein-4b in fp8 at 1360x768, batch 1, needs at least 6.5")
-    assert line.endswith("and 4.00 GB are free; it fits with --text-encoder remote")
-    assert plan("klein-4b", "--target", "rtx4090", "--memory", "4", "--text-encoder", "remote").exit_code == 0
-    found = json.loads(plan("klein-4b", "--target", "rtx4090", "--memory", "4", "--json").stdout)
+    assert line.startswith("error: klein-4b in fp8 at 1360x768, batch 1, needs at least 6.7")
+    assert line.endswith("and 4.20 GB are free; it fits with --text-encoder remote")
+    assert plan("klein-4b", "--target", "rtx4090", "--memory", "4.2", "--text-encoder", "remote").exit_code == 0
+    found = json.loads(plan("klein-4b", "--target", "rtx4090", "--memory", "4.2", "--json").stdout)
     assert found["exit_code"] == 1 and "needs at least" in found["error"]

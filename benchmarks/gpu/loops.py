@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu.device import TimedDevice
-from engines.drawing import DEFAULT_TEXT_TOKENS, Drawing
 from engines.hardware import HARDWARE
 from engines.roofline import floor_of
 from export.recipes import RECIPES
-from flux2_trt.latents import position_ids, rotary_tables
+from flux2_trt.drawing import DEFAULT_TEXT_TOKENS, Drawing
+from flux2_trt.latents import position_ids
 from flux2_trt.runtime.denoiser import Trajectory, untimed
 from flux2_trt.runtime.gpu import GpuRuntime
 from flux2_trt.schedule import sigmas
 from flux2_trt.spec import ModelSpec
+from flux2_trt.trajectory import Start, trajectory_of
 
 STEPS = 8
 FEW_STEPS = 2
@@ -26,17 +27,21 @@ FEW_STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A picture of `width` x `height` with `references` of 1 MP."""
+    """`batch` pictures of `width` x `height`, each with `references` of 1 MP."""
 
     width: int
     height: int
     references: int = 0
+    batch: int = 1
 
     def positions(self, spec: ModelSpec) -> NDArray[np.int64]:
         """Of its tokens and those of the longest prompt."""
         unit = spec.autoencoder.pixels_per_token
-        references = [(1024 // unit, 1024 // unit)] * self.references
-        return position_ids(_text_tokens(spec), self.height // unit, self.width // unit, references)
+        return position_ids(_text_tokens(spec), self.height // unit, self.width // unit, self.grids(spec))
+
+    def grids(self, spec: ModelSpec) -> list[tuple[int, int]]:
+        side = 1024 // spec.autoencoder.pixels_per_token
+        return [(side, side)] * self.references
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,16 @@ class LoopTimes:
 def trajectory(spec: ModelSpec, case: Case, steps: int, seed: int = 0) -> Trajectory:
     """With random prompts, noise and references."""
     rng, unit = np.random.default_rng(seed), spec.autoencoder.pixels_per_token
-    size = spec.transformer
-    length, ids = _text_tokens(spec), case.positions(spec)
-    tokens, of_picture = len(ids) - length, (case.height // unit) * (case.width // unit)
-    levels = sigmas(steps, of_picture).astype(np.float32)
-    dt = np.zeros((steps, tokens), np.float32)
-    dt[:, :of_picture] = np.diff(levels)[:, None]
-    cos, sin = rotary_tables(ids, size.axes_dim, size.theta)
-    return Trajectory(
-        timestep=levels[:-1],
-        guidance=np.full(steps, 4.0, np.float32) if size.guidance_embeds else None,
-        prompt_embeds=rng.standard_normal((1, length, size.context_dim), np.float32),
-        tokens=rng.standard_normal((1, tokens, size.in_channels), np.float32),
-        dt=dt,
-        cos=cos,
-        sin=sin,
-        guidance_mix=np.eye(1, dtype=np.float32) if spec.sampling.guidance_kind == "classifier_free" else None,
-    )
+    size, height, width = spec.transformer, case.height // unit, case.width // unit
+
+    def start() -> Start:
+        return Start(
+            noise=rng.standard_normal((size.in_channels, height, width), np.float32),
+            embeds=rng.standard_normal((_text_tokens(spec), size.context_dim), np.float32),
+            references=tuple(rng.standard_normal((*grid, size.in_channels), np.float32) for grid in case.grids(spec)),
+        )
+
+    return trajectory_of(spec, [start() for _ in range(case.batch)], sigmas(steps, height * width), guidance=4.0)
 
 
 def _text_tokens(spec: ModelSpec) -> int:
@@ -106,7 +104,7 @@ def measure(runtime: GpuRuntime, device: TimedDevice, case: Case, target: str, g
     device.forget_launches()
     floor = None
     if target in HARDWARE:
-        drawing = Drawing.of(spec, case.width, case.height, num_references=case.references)
+        drawing = Drawing.of(spec, case.width, case.height, case.batch, case.references)
         floor = floor_of("transformer", spec, drawing, recipe, HARDWARE[target])
     return LoopTimes(
         case=case,

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from engines.drawing import Drawing
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import UsageError
 from flux2_trt.spec import ModelSpec
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.harness.record import from_json
 from benchmarks.harness.threads import pin, thread_environment
-from engines.drawing import Drawing
 from engines.hardware import TERA, Rates
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import Flux2Error
 from flux2_trt.spec import ModelSpec
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.harness.case import Case
 from benchmarks.harness.system import Floats, Job, Pictures
-from engines.shapes import MEGAPIXEL
+from flux2_trt.drawing import MEGAPIXEL
 from flux2_trt.noise import noise_batch
 from flux2_trt.pipeline import Flux2Pipeline
 from flux2_trt.spec import ModelSpec

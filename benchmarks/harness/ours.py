@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks.harness.clock import Clock, CudaClock, HostClock, Timeline
 from benchmarks.harness.system import Drawn, Job, Setup
 from flux2_trt.bundle import Bundle
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import Flux2Error
 from flux2_trt.imprint import Imprint, imprint
 from flux2_trt.pipeline import Flux2Pipeline
@@ -45,6 +46,13 @@ class WatchedRuntime:
     @property
     def overlaps(self) -> bool:
         return self._runtime.overlaps
+
+    @property
+    def computes_on_host(self) -> bool:
+        return self._runtime.computes_on_host
+
+    def arrange(self, drawing: Drawing, encodes: bool) -> None:
+        self._runtime.arrange(drawing, encodes)
 
     def engine(self, component: Component) -> Engine:
         engine = self._runtime.engine(component)

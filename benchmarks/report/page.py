@@ -15,10 +15,10 @@ from benchmarks.report.markup import ms, paragraph, percent, table
 from benchmarks.report.published import PUBLISHED
 from benchmarks.report.standing import floor, quality, resources
 from benchmarks.report.timing import goals, latency, stages, throughput
-from engines.drawing import Drawing
 from engines.hardware import HARDWARE
 from engines.roofline import floor_of
 from export.recipes import RECIPES
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import UsageError
 from flux2_trt.models import published_spec
 

@@ -30,6 +30,7 @@ class CudaDevice:
             ) from error
         self._cuda: Any = runtime
         self._process = os.getpid()
+        self._held: dict[Address, int] = {}
         driver = self._call("cudaDriverGetVersion")
         if driver == 0:
             raise DeviceError("there is no NVIDIA driver; install one, or build for the CPU: --target cpu")
@@ -55,6 +56,10 @@ class CudaDevice:
     def free_bytes(self) -> int:
         return int(self._call("cudaMemGetInfo")[0])
 
+    @property
+    def held_bytes(self) -> int:
+        return sum(self._held.copy().values())
+
     def allocate(self, size: int) -> Address:
         error, address = self._cuda.cudaMalloc(size)
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
@@ -63,10 +68,12 @@ class CudaDevice:
             words = f"{size / 1e9:.2f} GB of device memory are wanted and {free / 1e9:.2f} GB are free"
             raise DeviceMemoryError(f"{words}; see what fits: flux2-trt plan", size, free)
         self._check(error, "cudaMalloc")
+        self._held[Address(int(address))] = size
         return Address(int(address))
 
     def free(self, address: Address) -> None:
         self._call("cudaFree", address)
+        self._held.pop(address, None)
 
     def allocate_pinned(self, size: int) -> Address:
         return Address(int(self._call("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault)))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from flux2_trt.spec import Component
 
 if TYPE_CHECKING:
+    from flux2_trt.drawing import Drawing
     from flux2_trt.runtime.denoiser import Denoiser
 
 CPU = "cpu"
@@ -27,10 +28,18 @@ class Runtime(Protocol):
     """The components of a bundle, ready to run.
 
     `overlaps`: prompts can be encoded and pictures decoded, in another thread, while a picture is denoised.
+    `computes_on_host`: what the host does beside takes time from it.
     """
 
     @property
     def overlaps(self) -> bool: ...
+
+    @property
+    def computes_on_host(self) -> bool: ...
+
+    def arrange(self, drawing: Drawing, encodes: bool) -> None:
+        """Before pictures are made; `encodes`: from prompts. Raises DeviceMemoryError where they do not fit."""
+        ...
 
     def engine(self, component: Component) -> Engine: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_trt.bundle import Bundle
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import BundleError
 from flux2_trt.manifest import PART_NAMES, SYNTHETIC, ComponentRecord
 from flux2_trt.runtime.blocks import BlockNames, BlockStep, StreamedBlocks, spread
@@ -21,7 +22,7 @@ from flux2_trt.runtime.engine import Engine
 from flux2_trt.runtime.kernels import KernelFile
 from flux2_trt.runtime.lane import Lane
 from flux2_trt.runtime.loop import DeviceLoop, Step, WholeStep
-from flux2_trt.runtime.plan import Plan
+from flux2_trt.runtime.plan import Plan, Sizes, Tensors, profile_of
 from flux2_trt.runtime.tensorrt import TensorRTPlan
 from flux2_trt.runtime.weights import MappedFile, Weights, WeightSource, WeightStore
 from flux2_trt.spec import Component
@@ -36,7 +37,7 @@ MakeWeights = Callable[[ComponentRecord], WeightSource]
 @dataclass(frozen=True)
 class Residency:
     """What does not stay on the device: components that are swapped out after their stage, and how many double and
-    single blocks of the transformer are streamed in every step."""
+    single blocks of the transformer are streamed in every step. `conditioning` goes and comes with the transformer."""
 
     swapped: frozenset[Component] = frozenset()
     streamed: tuple[int, int] = (0, 0)
@@ -49,6 +50,8 @@ class GpuRuntime:
     picture is decoded, and the prompt of another encoded, while a third is denoised; everything else shares a stream
     and scratch.
     """
+
+    computes_on_host = False
 
     def __init__(
         self,
@@ -65,7 +68,6 @@ class GpuRuntime:
         """`store`: of weights that other runtimes on this device share. `kernels`: a folder for those that
         TensorRT-RTX makes on this machine. `weights`: in place of the bundle's files, from a component's record."""
         self.bundle, self.device, self.residency = bundle, device, residency
-        self.overlaps = overlaps and not residency.swapped  # what makes room would be in use
         self._store = store or WeightStore(device)
         self._load_plan = load_plan or partial(_tensorrt_plan, kernels)
         self._made_up = weights
@@ -75,12 +77,20 @@ class GpuRuntime:
         self._engines: dict[Component, DeviceEngine] = {}
         self._loop: DeviceLoop | None = None
         self._streamed: StreamedBlocks | None = None
-        self._lane = Lane(device, graphs)
+        self._lane = self._beside = Lane(device, graphs)
+        self._graphs = graphs
         try:
-            self._beside = Lane(device, graphs) if self.overlaps else self._lane
+            self._let_overlap(overlaps)
         except BaseException:
             self._lane.close()
             raise
+
+    def arrange(self, drawing: Drawing, encodes: bool) -> None:
+        """Weights stay where they were placed."""
+
+    @property
+    def overlaps(self) -> bool:
+        return self._beside is not self._lane
 
     def engine(self, component: Component) -> Engine:
         """Raises BundleError for a component that is not there, or a plan that is refused."""
@@ -102,6 +112,55 @@ class GpuRuntime:
         """That come from the host in every step, once the loop was made."""
         return self._streamed.bytes if self._streamed else 0
 
+    @property
+    def scratch_bytes(self) -> int:
+        """On the device."""
+        return sum(lane.scratch_bytes for lane in {self._lane, self._beside})
+
+    def scratch_of(self, component: Component, sizes: Sizes) -> int:
+        """Bytes that the plans of a component want at `sizes`; nothing is allocated for it.
+
+        Raises UsageError for sizes that they were not built for.
+        """
+        self.device.use_in_this_thread()
+        wanted = 0
+        for record in self.bundle.manifest.components:
+            if record.name.partition(".")[0] == component:
+                plan = self._plan(record)
+                shapes = Tensors(record.shapes, sizes).shapes(plan.inputs)
+                execution = plan.execution(shapes, profile_of(record, sizes), self._lane.stream)
+                wanted = max(wanted, execution.scratch_bytes)
+                execution.close()
+        return wanted
+
+    def weights_of(self, components: Iterable[Component]) -> list[Weights]:
+        """Of those that were used so far."""
+        return [weights for name in components for weights in self._weights.get(name, ())]
+
+    def forget_sizes(self) -> None:
+        """Frees all but weights: what runs next makes its buffers, scratch and graphs anew."""
+        self.device.use_in_this_thread()
+        for part in (*self._engines.values(), *([self._loop] if self._loop else [])):
+            part.close()
+        for lane in {self._lane, self._beside}:
+            lane.shrink()
+
+    def place(self, residency: Residency, overlaps: bool) -> None:
+        """Weights from here on; those that stay as they were are not touched, everything else is made anew."""
+        self.device.use_in_this_thread()
+        self.forget_sizes()
+        if residency.streamed != self.residency.streamed:
+            self._loop = None
+            if self._streamed:
+                streamed, self._streamed = self._streamed, None
+                streamed.close()
+        stay = set(self._weights) - residency.swapped
+        if self._loop is None:
+            stay.discard("transformer")
+        self._store.unload(but=self.weights_of(stay))
+        self.residency = residency
+        self._let_overlap(overlaps)
+
     def close(self) -> None:
         """Frees everything on the device but weights that others use."""
         self.device.use_in_this_thread()
@@ -120,6 +179,19 @@ class GpuRuntime:
                 rest.callback(self._loop.close)
             self._plans, self._engines, self._loop, self._streamed = {}, {}, None, None
 
+    def _let_overlap(self, wanted: bool) -> None:
+        """Engines of `BESIDE` are made anew where their lane is another."""
+        wanted = wanted and not self.residency.swapped  # what makes room would be in use
+        if wanted == self.overlaps:
+            return
+        for component in BESIDE:
+            self._engines.pop(component, None)
+        if wanted:
+            self._beside = Lane(self.device, self._graphs)
+        else:
+            beside, self._beside = self._beside, self._lane
+            beside.close()
+
     def _swapping(self, component: Component, inner: Any) -> Any:
         if component not in self.residency.swapped:
             return inner
@@ -127,13 +199,14 @@ class GpuRuntime:
 
     def _make_room_for(self, component: Component) -> None:
         """Takes the weights of the other swapped components off the device; they come back when they are used."""
-        for other in self.residency.swapped - {component}:
+        going = self.residency.swapped - {component} - ({"conditioning"} if component == "transformer" else set())
+        for other in going:
             if other == "transformer" and self._loop:
                 self._loop.close()
             elif other in self._engines:
                 self._engines[other].close()
-            for weights in self._weights.get(other, ()):
-                weights.unload()
+        for weights in self.weights_of(going):
+            weights.unload()
 
     def _made_loop(self) -> DeviceLoop:
         conditioning = self._component("conditioning", self._lane)

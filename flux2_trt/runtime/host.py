@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flux2_trt.bundle import Bundle
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import BundleError, Flux2Error
 from flux2_trt.runtime.denoiser import Denoiser, HostLoop
 from flux2_trt.runtime.engine import PLANS, Backend, Engine
@@ -13,10 +14,14 @@ class HostRuntime:
     """Engines load when they are first needed and stay."""
 
     overlaps = False
+    computes_on_host = True
 
     def __init__(self, bundle: Bundle, backend: Backend = PLANS) -> None:
         self.bundle, self.backend = bundle, backend
         self._engines: dict[Component, Engine] = {}
+
+    def arrange(self, drawing: Drawing, encodes: bool) -> None:
+        """The operating system finds room."""
 
     def engine(self, component: Component) -> Engine:
         """Raises BundleError for a component that the bundle lacks, or that this backend does not run."""

@@ -66,6 +66,18 @@ class Lane:
         if self._graphs:
             self._graphs.drop(matches)
 
+    def shrink(self) -> None:
+        """Frees the scratch where no execution is left to use it."""
+        if self._scratch and not self._executions:
+            self.synchronize()
+            self.forget()
+            freed, self._scratch = self._scratch[0], None
+            self.device.free(freed)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch[1] if self._scratch else 0
+
     def synchronize(self) -> None:
         self.device.synchronize(self.stream)
 

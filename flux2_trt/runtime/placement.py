@@ -2,18 +2,152 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flux2_trt.bundle import Bundle
+from flux2_trt.drawing import MAX_STEPS, Drawing
 from flux2_trt.errors import DeviceError, DeviceMemoryError
 from flux2_trt.manifest import SYNTHETIC
 from flux2_trt.runtime.cuda import CudaDevice
+from flux2_trt.runtime.denoiser import Denoiser
 from flux2_trt.runtime.device import Device
-from flux2_trt.runtime.engine import PLANS, Backend
+from flux2_trt.runtime.engine import PLANS, Backend, Engine
 from flux2_trt.runtime.gpu import BESIDE, GpuRuntime, LoadPlan, MakeWeights, Residency
+from flux2_trt.runtime.plan import Sizes
+from flux2_trt.spec import Component
+
+if TYPE_CHECKING:
+    from engines.forecast import Forecast
+    from engines.setting import Setting
+
+RESERVED_BYTES = 2**28
+"""Of free memory, for what no plan asks for: kernels, graphs, and what allocators round up. An assumption."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """What `flux2-trt plan` says of a drawing. `overlaps`: a lane beside the loop's finds room for scratch of its own;
+    `left_bytes`: that are free then."""
+
+    forecast: Forecast
+    overlaps: bool
+    left_bytes: int
+
+    @property
+    def residency(self) -> Residency:
+        streamed = self.forecast.residency.streamed
+        return Residency(self.forecast.residency.moved, (streamed.doubles, streamed.singles) if streamed else (0, 0))
+
+
+class PlacedRuntime:
+    """The `Runtime` of a bundle on a GPU, whose memory is divided anew where other pictures need it."""
+
+    computes_on_host = False
+
+    def __init__(self, runtime: GpuRuntime, measures: bool) -> None:
+        """`measures`: its plans say how much scratch they want."""
+        self._runtime, self._measures = runtime, measures
+        self._division: Division | None = None
+        self._scratch: dict[tuple[Component, Drawing], int] = {}
+
+    @property
+    def device(self) -> Device:
+        return self._runtime.device
+
+    @property
+    def overlaps(self) -> bool:
+        return self._placed().overlaps
+
+    @property
+    def streamed_bytes(self) -> int:
+        """That come from the host in every step, once a picture was made."""
+        return self._runtime.streamed_bytes
+
+    def arrange(self, drawing: Drawing, encodes: bool = True) -> None:
+        """Weights stay as they are while that is as good; buffers of other sizes stay while there is room.
+
+        Raises DeviceMemoryError with what is needed and what to type, and UsageError for sizes that the plans were not
+        built for: nothing has changed then.
+        """
+        device, runtime, before = self.device, self._runtime, self._division
+        device.use_in_this_thread()
+        free = device.free_bytes() + device.held_bytes - RESERVED_BYTES
+        division = divide(self._setting(drawing, encodes, free), drawing, before)
+        if before is None or (division.residency, division.overlaps) != (before.residency, before.overlaps):
+            self._division = None
+            runtime.place(division.residency, division.overlaps)
+        elif drawing != before.forecast.drawing:
+            if division.left_bytes < division.forecast.buffer_bytes + runtime.scratch_bytes:
+                runtime.forget_sizes()
+        self._division = division
+
+    def engine(self, component: Component) -> Engine:
+        return self._placed().engine(component)
+
+    def denoiser(self) -> Denoiser:
+        return self._placed().denoiser()
+
+    def close(self) -> None:
+        self._runtime.close()
+
+    def _placed(self) -> GpuRuntime:
+        """For pictures of the default size where nobody asked for others."""
+        if self._division is None:
+            self.arrange(Drawing.of(self._runtime.bundle.manifest.model))
+        return self._runtime
+
+    def _setting(self, drawing: Drawing, encodes: bool, free_bytes: int) -> Setting:
+        from engines.setting import resolve_setting
+
+        bundle, place = self._runtime.bundle, "local" if encodes else "remote"
+        setting = replace(resolve_setting(str(bundle.path), text_encoder=place), memory_bytes=max(free_bytes, 0))
+        measured = (
+            {name: self._measured(name, drawing) for name in setting.components(drawing)} if self._measures else {}
+        )
+        return replace(setting, context_bytes=0, measured=measured)
+
+    def _measured(self, component: Component, drawing: Drawing) -> int:
+        if (component, drawing) not in self._scratch:
+            sizes = sizes_of(component, drawing)
+            self._scratch[component, drawing] = self._runtime.scratch_of(component, sizes)
+        return self._scratch[component, drawing]
+
+
+def sizes_of(component: Component, drawing: Drawing) -> Sizes:
+    """The dynamic sides of a component's plans; of references the largest, as a square."""
+    text, unit = drawing.text_tokens, drawing.pixels_per_token
+    match component:
+        case "text_encoder":
+            return {"batch": 1, "text_tokens": text}
+        case "conditioning" | "transformer":
+            tokens = {"tokens": drawing.latent_tokens, "text_tokens": text, "all_tokens": drawing.all_tokens}
+            return {"batch": drawing.sequences, "steps": MAX_STEPS, **tokens}
+    width, height = drawing.width, drawing.height
+    if component == "vae_encoder":
+        width = height = math.ceil(math.sqrt(max(drawing.references)) / unit) * unit
+    latents = {"latent_height": height // unit, "latent_width": width // unit}
+    return {"batch": 1, "height": height, "width": width, **latents}
+
+
+def divide(setting: Setting, drawing: Drawing, before: Division | None = None) -> Division:
+    """As it was `before` where that is as good.
+
+    Raises DeviceMemoryError with what is needed and what to type.
+    """
+    from engines.advice import preflight
+    from engines.forecast import kept
+
+    made = preflight(setting, drawing)
+    if before:
+        made = kept(setting, drawing, before.forecast.residency) or made
+    left = setting.memory_bytes - made.device_bytes
+    beside = max(setting.scratch(name, drawing) for name in BESIDE if name in made.residency.placements)
+    return Division(made, not made.residency.moved and left >= beside, left)
 
 
 def runtime_on_this_machine(
@@ -21,15 +155,13 @@ def runtime_on_this_machine(
     backend: Backend = PLANS,
     open_device: Callable[[int], Device] = CudaDevice,
     kernels: Path | None = None,
-) -> GpuRuntime:
-    """On the first GPU that the bundle's plans are for, with its memory divided as `flux2-trt plan` says.
+) -> PlacedRuntime:
+    """On the first GPU that the bundle's plans are for.
 
-    `kernels`: the folder where those are kept that a compiler makes on this machine.
-
-    Raises DeviceError where there is none, DeviceMemoryError where the model does not fit the memory that is free.
+    `kernels`: the folder where those are kept that a compiler makes on this machine. Raises DeviceError where there is
+    no such GPU.
     """
     device, index = _device_of(bundle, open_device)
-    residency, overlaps = residency_on(bundle, device.free_bytes())
     load_plan: LoadPlan | None = None
     if backend != PLANS:
         from flux2_trt.runtime.torch_plan import TorchPlans
@@ -40,31 +172,8 @@ def runtime_on_this_machine(
         from flux2_trt.runtime.synthetic import synthetic_weights
 
         weights = partial(synthetic_weights, bundle)
-    return GpuRuntime(
-        bundle, device, residency=residency, overlaps=overlaps, load_plan=load_plan, weights=weights, kernels=kernels
-    )
-
-
-def residency_on(bundle: Bundle, free_bytes: int) -> tuple[Residency, bool]:
-    """For pictures of the model's default size, and whether a lane beside the loop's fits, with scratch of its own.
-
-    Raises DeviceMemoryError with what is needed and what to type.
-    """
-    from engines.advice import preflight
-    from engines.drawing import Drawing
-    from engines.setting import resolve_setting
-
-    setting = replace(resolve_setting(str(bundle.path)), memory_bytes=free_bytes, context_bytes=0)
-    made = preflight(setting, Drawing.of(bundle.manifest.model))
-    placements = made.residency.placements
-    streamed = placements["transformer"].streamed
-    swapped = frozenset(name for name, placement in placements.items() if placement.kind == "swapped")
-    left = free_bytes - made.device_bytes
-    beside = [name for name in BESIDE if name in placements]
-    return (
-        Residency(swapped, (streamed.doubles, streamed.singles) if streamed else (0, 0)),
-        left >= max(setting.scratch(name, made.drawing) for name in beside),
-    )
+    runtime = GpuRuntime(bundle, device, overlaps=False, load_plan=load_plan, weights=weights, kernels=kernels)
+    return PlacedRuntime(runtime, measures=backend == PLANS)
 
 
 def _device_of(bundle: Bundle, open_device: Callable[[int], Device]) -> tuple[Device, int]:

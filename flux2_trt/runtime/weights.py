@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -113,10 +113,11 @@ class WeightStore:
         key = (digest, *(() if names is None else sorted(names)))
         return self._weights.setdefault(key, Weights(self.device, source, names))
 
-    def unload(self) -> None:
-        """Frees what nobody uses."""
+    def unload(self, but: Collection[Weights] = ()) -> None:
+        """Frees what nobody uses, and keeps `but`."""
         for weights in self._weights.values():
-            weights.unload()
+            if weights not in but:
+                weights.unload()
 
 
 def upload(device: Device, source: WeightSource, layout: Layout, base: Address) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from traces import traced_once
 
-from engines.drawing import Drawing
 from engines.footprint import TENSORS, scratch_bytes, tensors_of, weight_bytes
 from engines.shapes import ShapeRequest, profiles
 from export.conversion import STORED_DTYPES
 from export.quantize import quantize
 from export.recipes import RECIPES
+from flux2_trt.drawing import Drawing
 from flux2_trt.inventory import expected_tensors
 from flux2_trt.models import published_spec
 from flux2_trt.naming import FAMILY_OF

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from engines.advice import improvements, preflight, remedies
-from engines.drawing import Drawing
 from engines.forecast import Forecast, forecast, largest, least_memory
 from engines.hardware import HARDWARE
 from engines.setting import Recorded, Setting
 from engines.targets import TARGETS
 from export.recipes import RECIPES
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import DeviceMemoryError
 from flux2_trt.models import FAMILY, published_spec
 from flux2_trt.spec import Component
@@ -55,7 +55,7 @@ dev gb300 nvfp4 local nothing
 dev a100 int4 local nothing
 dev rtx4090 fp8 local text_encoder,transformer*
 dev rtx4090 fp8 remote transformer*
-dev rtx4090 bf16 remote conditioning,transformer*,vae_decoder
+dev rtx4090 bf16 remote transformer*
 dev rtx4090 int4 local text_encoder,transformer
 dev rtx4090 int4 remote nothing
 dev rtx5090 fp8 remote transformer*
@@ -284,7 +284,7 @@ def test_a_bundle_of_whole_plans_is_told_of_blocks() -> None:
 
 
 def test_every_remedy_makes_it_fit() -> None:
-    asked = setting("klein-4b", "rtx4090", "fp8", memory=4)
+    asked = setting("klein-4b", "rtx4090", "fp8", memory=4.2)
     assert remedies(asked, square(asked)) == ["--text-encoder remote"]
     assert forecast(replace(asked, text_encoder="remote"), square(asked))
     many = Drawing.of(asked.spec, batch=64, num_references=4)

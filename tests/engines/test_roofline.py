@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from engines.drawing import Drawing
 from engines.hardware import HARDWARE, Rates, hardware_of
 from engines.roofline import Floor, compute_seconds, floor_of, moved_bytes
 from engines.targets import TARGETS
 from engines.work import Work, work_of
 from export.recipes import RECIPES
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import UsageError
 from flux2_trt.models import published_spec
 

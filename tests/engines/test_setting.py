@@ -140,7 +140,7 @@ import sys
 for name in ("torch", "onnx", "onnxscript", "onnxruntime"):
     sys.modules[name] = None
 from engines.advice import preflight
-from engines.drawing import Drawing
+from flux2_trt.drawing import Drawing
 from engines.report import lines_of, values_of
 from engines.setting import resolve_setting
 made = resolve_setting("dev", "rtx4090")

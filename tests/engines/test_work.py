@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engines.drawing import Drawing
 from engines.footprint import parameters
 from engines.work import Work, runs_of, work_of
 from export.modules import build_module
+from flux2_trt.drawing import Drawing
 from flux2_trt.errors import UsageError
 from flux2_trt.models import published_spec
 from flux2_trt.spec import Component, ModelSpec

@@ -34,8 +34,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bundle
         folder: Path = tmp_path_factory.mktemp("bundles")
         requests = {
             "cpu": BuildRequest("tiny", "cpu", output=folder / "cpu"),
-            "whole": BuildRequest("tiny", "stand-in", output=folder / "whole"),
-            "blocks": BuildRequest("tiny", "stand-in", plans="blocks", output=folder / "blocks"),
+            "whole": BuildRequest("tiny", "stand-in", max_batch=3, output=folder / "whole"),
+            "blocks": BuildRequest("tiny", "stand-in", plans="blocks", max_batch=3, output=folder / "blocks"),
             "synthetic": BuildRequest("tiny", "stand-in", checkpoint="random:5", output=folder / "synthetic"),
             "synthetic blocks": BuildRequest(
                 "tiny", "stand-in", plans="blocks", checkpoint="random:5", output=folder / "synthetic"

@@ -107,7 +107,7 @@ class StandIn:
         return {name: len(there) for name, there in counted.items() if there}
 
     @property
-    def used(self) -> int:
+    def held_bytes(self) -> int:
         return sum(block.size for block in self._blocks.values())
 
     def view(self, address: int, size: int) -> np.ndarray:
@@ -127,7 +127,7 @@ class StandIn:
         IN_USE.device = self
 
     def free_bytes(self) -> int:
-        return self.memory - self.used
+        return self.memory - self.held_bytes
 
     def allocate(self, size: int) -> Address:
         self._call("allocate")
@@ -140,7 +140,7 @@ class StandIn:
         address = self._address
         self._address += -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
         self._blocks[address] = np.full(size, POISON, np.uint8)
-        self.peak = max(self.peak, self.used)
+        self.peak = max(self.peak, self.held_bytes)
         return Address(address)
 
     def free(self, address: Address) -> None:

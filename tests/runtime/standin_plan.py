@@ -14,7 +14,8 @@ from flux2_trt.runtime.device import Address, Stream
 from flux2_trt.runtime.onnxruntime import _share_threads
 from flux2_trt.runtime.plan import Shape
 
-SCRATCH_BYTES = 4096
+SCRATCH_FACTOR = 4
+"""Times the bytes of what goes into a plan and is no weight."""
 
 
 class StandInPlan:
@@ -52,10 +53,10 @@ class StandInPlan:
 
 
 class StandInExecution:
-    scratch_bytes = SCRATCH_BYTES
-
     def __init__(self, plan: StandInPlan, shapes: Mapping[str, Shape]) -> None:
         self.plan = plan
+        given = sum(int(np.prod(shape)) * np.dtype(plan.dtypes[name]).itemsize for name, shape in shapes.items())
+        self.scratch_bytes = SCRATCH_FACTOR * given
         self.shapes = {name: tuple(shapes.get(name, plan.fixed[name])) for name in plan.inputs}
         self.addresses: dict[str, Address] = {}
         self.scratch: tuple[int, int] | None = None

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from runtime.standin import RuleBroken, StandIn
-from runtime.standin_plan import SCRATCH_BYTES, StandInExecution, StandInPlan
+from runtime.standin_plan import StandInExecution, StandInPlan
 
 from export.graph import Graph
 from flux2_trt.bundle import Bundle
@@ -187,8 +187,9 @@ class ExecutionContext:
     def update_device_memory_size_for_shapes(self) -> int:
         if self.infer_shapes():
             raise RuleBroken("memory is asked for before all shapes are set")
-        self._execution = self._engine.plan.execution(self._shapes, 0, Stream(0))
-        return SCRATCH_BYTES
+        dynamic = {name: shape for name, shape in self._shapes.items() if name in self._engine.record.shapes}
+        self._execution = self._engine.plan.execution(dynamic, 0, Stream(0))
+        return self._execution.scratch_bytes
 
     def set_device_memory(self, address: int, size: int) -> None:
         if address % 256:

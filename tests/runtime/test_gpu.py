@@ -349,10 +349,10 @@ def test_two_pipelines_share_the_weights_of_a_device(built: dict[str, Bundle]) -
     store = WeightStore(device)
     asked: dict[str, Any] = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 1, "output_type": "latent"}
     first, second = (pipeline_on(device, built["whole"], store=store) for _ in range(2))
-    expected, alone = first(**asked).images, device.used
+    expected, alone = first(**asked).images, device.held_bytes
     np.testing.assert_array_equal(second(**asked).images, expected)
     weights = sum(record.weights.bytes for record in built["whole"].manifest.components if record.weights)
-    assert device.used - alone < weights / 10
+    assert device.held_bytes - alone < weights / 10
     first.close()
     np.testing.assert_array_equal(second(**asked).images, expected)
     second.close()

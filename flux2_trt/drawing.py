@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.shapes import MAX_STEPS, MEGAPIXEL
 from flux2_trt.errors import UsageError
 from flux2_trt.images import check_size
 from flux2_trt.spec import ModelSpec
 
+MEGAPIXEL = 1024 * 1024
+MAX_STEPS = 100  # rows of the tables that plans are built for
 DEFAULT_TEXT_TOKENS = 512  # of a model that takes prompt embeds, and does not say how many
 
 
