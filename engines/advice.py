@@ -15,6 +15,7 @@ from flux2_trt.errors import DeviceMemoryError
 
 Asked = tuple[Setting, Drawing]
 SMALLER_SIDES = (1024, 512)
+BATCHES = (2, 4, 8)
 MOST_SUGGESTIONS = 3
 PLANS_OF_BLOCKS = "plans of blocks (flux2-trt build --plans blocks)"
 WORTHWHILE = 0.97  # of the time that it takes as it is
@@ -70,10 +71,21 @@ def remedies(setting: Setting, drawing: Drawing) -> list[str]:
 def improvements(made: Forecast) -> list[Suggestion]:
     """Settings with lower floors, the fastest first."""
     asked = (made.setting, made.drawing)
-    tried = ((change.flags, _of([change], asked)) for change in _other_settings(made.setting))
+    tried = [(change.flags, _of([change], asked)) for change in _other_settings(made.setting)]
+    tried += [(f"--batch {other.drawing.batch}", other) for other in _larger_batches(made)]
     limit = made.picture_seconds * WORTHWHILE
     faster = [Suggestion(flags, other) for flags, other in tried if other and other.picture_seconds < limit]
     return sorted(faster, key=_picture_seconds)[:MOST_SUGGESTIONS]
+
+
+def _larger_batches(made: Forecast) -> list[Forecast]:
+    """The smallest batch that is about as fast as any; none where there is no larger one."""
+    recorded, drawing = made.setting.recorded, made.drawing
+    most = recorded.max_batch if recorded and recorded.max_batch else max(BATCHES)
+    sizes = [size for size in BATCHES if drawing.batch < size <= most]
+    found = [other for size in sizes if (other := _of([], (made.setting, replace(drawing, batch=size))))]
+    least = min((other.picture_seconds for other in found), default=0.0)
+    return [other for other in found if other.picture_seconds * WORTHWHILE <= least][:1]
 
 
 def _picture_seconds(suggestion: Suggestion) -> float:

@@ -29,12 +29,14 @@ TextEncoderPlace = Literal["local", "remote"]
 class Recorded:
     """What a bundle says of itself, by component: bytes of weight files, and scratch of plans as they were compiled.
 
-    `streams`: its transformer is compiled block by block.
+    `streams`: its transformer is compiled block by block. `max_batch`: the most pictures at once that it is for; None
+    where any number goes.
     """
 
     weights: Mapping[Component, int] = field(default_factory=dict)
     scratch: Mapping[Component, int] = field(default_factory=dict)
     streams: bool = False
+    max_batch: int | None = None
 
     @staticmethod
     def of(manifest: Manifest) -> Recorded:
@@ -46,7 +48,10 @@ class Recorded:
                 weights[component] = record.weights.bytes
             scratch[component] = max(scratch.get(component, 0), int(record.layers.get("scratch_bytes", 0)))
         streams = bool(PART_NAMES & {record.name for record in manifest.components})
-        return Recorded(weights, {name: size for name, size in scratch.items() if size}, streams)
+        rows = [each["batch"][2] for record in manifest.components for each in record.profiles if "tokens" in each]
+        per_picture = 2 if manifest.model.sampling.guidance_kind == "classifier_free" else 1
+        max_batch = min(rows) // per_picture if rows else None
+        return Recorded(weights, {name: size for name, size in scratch.items() if size}, streams, max_batch)
 
 
 @dataclass(frozen=True)

@@ -209,9 +209,9 @@ class Flux2Pipeline:
             references = self._load_references(image, count)
             width, height = self._size(width, height, references, latents)
             levels = schedule_sigmas(steps, self._tokens(width) * self._tokens(height), sigmas)
-            given = None if prompt_embeds is None else np.asarray(prompt_embeds, dtype=np.float32)
+            given = np.asarray(() if prompt_embeds is None else prompt_embeds, dtype=np.float32)
             tokens = None if prompts is None else self._tokenize(prompts)
-            length = tokens.input_ids.shape[1] if tokens else len(given[0])
+            length = given.shape[1] if tokens is None else tokens.input_ids.shape[1]
             guided = self._uses_cfg(guidance)
             drawing = Drawing(
                 width=width,
@@ -223,7 +223,7 @@ class Flux2Pipeline:
                 guided=guided,
                 pixels_per_token=self.spec.autoencoder.pixels_per_token,
             )
-            self.runtime.arrange(drawing, encodes=given is None or (guided and negative_prompt_embeds is None))
+            self.runtime.arrange(drawing, encodes=tokens is not None or (guided and negative_prompt_embeds is None))
 
             # 3. Noise, drawn by a thread
             total = count * num_images_per_prompt

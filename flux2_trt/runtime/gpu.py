@@ -140,8 +140,10 @@ class GpuRuntime:
     def forget_sizes(self) -> None:
         """Frees all but weights: what runs next makes its buffers, scratch and graphs anew."""
         self.device.use_in_this_thread()
-        for part in (*self._engines.values(), *([self._loop] if self._loop else [])):
-            part.close()
+        for engine in self._engines.values():
+            engine.close()
+        if self._loop:
+            self._loop.close()
         for lane in {self._lane, self._beside}:
             lane.shrink()
 

@@ -17,13 +17,14 @@ from flux2_trt.runtime.cuda import CudaDevice
 from flux2_trt.runtime.denoiser import Denoiser
 from flux2_trt.runtime.device import Device
 from flux2_trt.runtime.engine import PLANS, Backend, Engine
-from flux2_trt.runtime.gpu import BESIDE, GpuRuntime, LoadPlan, MakeWeights, Residency
+from flux2_trt.runtime.gpu import BESIDE, GpuRuntime, MakeWeights, Residency
 from flux2_trt.runtime.plan import Sizes
 from flux2_trt.spec import Component
 
 if TYPE_CHECKING:
     from engines.forecast import Forecast
     from engines.setting import Setting
+    from flux2_trt.runtime.torch_plan import TorchPlans
 
 RESERVED_BYTES = 2**28
 """Of free memory, for what no plan asks for: kernels, graphs, and what allocators round up. An assumption."""
@@ -31,12 +32,20 @@ RESERVED_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Division:
-    """What `flux2-trt plan` says of a drawing. `overlaps`: a lane beside the loop's finds room for scratch of its own;
-    `left_bytes`: that are free then."""
+    """What `flux2-trt plan` says of a drawing. `left_bytes`: that are free then; `beside_bytes`: of scratch that a lane
+    beside the loop's wants for its own, 0 where there is none."""
 
     forecast: Forecast
-    overlaps: bool
     left_bytes: int
+    beside_bytes: int
+
+    @property
+    def overlaps(self) -> bool:
+        return self.beside_bytes > 0
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.forecast.device_bytes + self.beside_bytes
 
     @property
     def residency(self) -> Residency:
@@ -49,10 +58,11 @@ class PlacedRuntime:
 
     computes_on_host = False
 
-    def __init__(self, runtime: GpuRuntime, measures: bool) -> None:
-        """`measures`: its plans say how much scratch they want."""
-        self._runtime, self._measures = runtime, measures
+    def __init__(self, runtime: GpuRuntime, measures: bool, held_by_plans: Callable[[], int] = lambda: 0) -> None:
+        """`measures`: its plans say how much scratch they want. `held_by_plans`: bytes that they take by themselves."""
+        self._runtime, self._measures, self._held_by_plans = runtime, measures, held_by_plans
         self._division: Division | None = None
+        self._asked: tuple[Drawing, bool] | None = None
         self._scratch: dict[tuple[Component, Drawing], int] = {}
 
     @property
@@ -76,7 +86,9 @@ class PlacedRuntime:
         """
         device, runtime, before = self.device, self._runtime, self._division
         device.use_in_this_thread()
-        free = device.free_bytes() + device.held_bytes - RESERVED_BYTES
+        free = device.free_bytes() + device.held_bytes + self._held_by_plans() - RESERVED_BYTES
+        if before and self._asked == (drawing, encodes) and before.needed_bytes <= free:
+            return
         division = divide(self._setting(drawing, encodes, free), drawing, before)
         if before is None or (division.residency, division.overlaps) != (before.residency, before.overlaps):
             self._division = None
@@ -84,7 +96,7 @@ class PlacedRuntime:
         elif drawing != before.forecast.drawing:
             if division.left_bytes < division.forecast.buffer_bytes + runtime.scratch_bytes:
                 runtime.forget_sizes()
-        self._division = division
+        self._division, self._asked = division, (drawing, encodes)
 
     def engine(self, component: Component) -> Engine:
         return self._placed().engine(component)
@@ -147,7 +159,7 @@ def divide(setting: Setting, drawing: Drawing, before: Division | None = None) -
         made = kept(setting, drawing, before.forecast.residency) or made
     left = setting.memory_bytes - made.device_bytes
     beside = max(setting.scratch(name, drawing) for name in BESIDE if name in made.residency.placements)
-    return Division(made, not made.residency.moved and left >= beside, left)
+    return Division(made, left, 0 if made.residency.moved or left < beside else beside)
 
 
 def runtime_on_this_machine(
@@ -162,7 +174,7 @@ def runtime_on_this_machine(
     no such GPU.
     """
     device, index = _device_of(bundle, open_device)
-    load_plan: LoadPlan | None = None
+    load_plan: TorchPlans | None = None
     if backend != PLANS:
         from flux2_trt.runtime.torch_plan import TorchPlans
 
@@ -173,7 +185,7 @@ def runtime_on_this_machine(
 
         weights = partial(synthetic_weights, bundle)
     runtime = GpuRuntime(bundle, device, overlaps=False, load_plan=load_plan, weights=weights, kernels=kernels)
-    return PlacedRuntime(runtime, measures=backend == PLANS)
+    return PlacedRuntime(runtime, load_plan is None, load_plan.held_bytes if load_plan else lambda: 0)
 
 
 def _device_of(bundle: Bundle, open_device: Callable[[int], Device]) -> tuple[Device, int]:

@@ -49,6 +49,10 @@ class TorchPlans:
             raise BundleError(f"{record.name} is a plan of {record.compiler}; torch runs graphs: use --backend plans")
         return TorchPlan(self, data)
 
+    def held_bytes(self) -> int:
+        """Of the device, for activations and constants, with what torch keeps for the next ones."""
+        return int(torch.cuda.memory_reserved(self.device))
+
     def pool(self, stream: Stream) -> Any:
         """Memory for the activations of a stream: of what runs there one after the other. Graphs keep addresses in it,
         so nothing else gets them."""

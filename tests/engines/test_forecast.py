@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from engines.advice import improvements, preflight, remedies
-from engines.forecast import Forecast, forecast, largest, least_memory
+from engines.forecast import Forecast, forecast, kept, largest, least_memory
 from engines.hardware import HARDWARE
 from engines.setting import Recorded, Setting
 from engines.targets import TARGETS
@@ -300,3 +300,28 @@ def test_improvements_are_faster_and_fit() -> None:
     assert [each.flags for each in found] == ["--precision fp8-attention", "--text-encoder remote"]
     assert all(each.forecast.picture_seconds < made.picture_seconds for each in found)
     assert improvements(forecast(setting("dev", "gb200", "nvfp4"), made.drawing)) == []
+
+
+def test_where_the_bus_bounds_a_step_a_batch_is_advised_that_the_plans_take() -> None:
+    asked = setting("dev", "rtx4090", "fp8")
+    made = forecast(asked, square(asked, 512))
+    assert made.step.bound == "bus"
+    [batch] = [each for each in improvements(made) if each.flags.startswith("--batch")]
+    assert batch.flags == "--batch 4" and batch.forecast.picture_seconds < 0.6 * made.picture_seconds
+    for most, flags in ((1, []), (2, ["--batch 2"])):
+        recorded = Recorded(streams=True, max_batch=most)
+        of_bundle = forecast(replace(asked, recorded=recorded), made.drawing)
+        assert [each.flags for each in improvements(of_bundle) if "batch" in each.flags] == flags
+
+
+def test_weights_stay_as_they_were_while_that_is_as_good() -> None:
+    asked = setting("dev", "rtx4090", "fp8")
+    large, small = forecast(asked, square(asked, 1440)), square(asked, 1024)
+    alone = forecast(asked, small)
+    assert large.residency.streamed != alone.residency.streamed
+    found = kept(asked, small, large.residency)  # hidden behind compute either way
+    assert found is not None and found.residency.streamed == large.residency.streamed
+    assert kept(asked, large.drawing, alone.residency) is None  # does not fit
+    tiny = square(asked, 512)
+    assert kept(asked, tiny, large.residency) is None  # streams more than it has to, and waits for that
+    assert kept(asked, tiny, forecast(asked, tiny).residency) == forecast(asked, tiny)

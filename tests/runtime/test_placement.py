@@ -83,12 +83,13 @@ def test_the_wrong_gpu_and_none_are_named(built: dict[str, Bundle]) -> None:
         runtime_on_this_machine(built["whole"], open_device=machine())
 
 
+SMALL: dict[str, Any] = {"prompt": PROMPT, "seed": 3, "width": 128, "height": 128, "num_inference_steps": 2}
 CALLS: list[dict[str, Any]] = [
-    {"prompt": PROMPT, "seed": 3, "num_inference_steps": 2},
-    {"prompt": [PROMPT, "a green star"], "seed": 5, "width": 384, "height": 320, "num_inference_steps": 1},
+    SMALL,
+    {"prompt": [PROMPT, "a green star"], "seed": 5, "width": 256, "height": 192, "num_inference_steps": 1},
     {"prompt": "make it green", "image": True, "seed": 4, "num_inference_steps": 1},
-    {"prompt": PROMPT, "seed": 3, "num_inference_steps": 2, "num_images_per_prompt": 3, "batch_size": 3},
-    {"prompt": PROMPT, "seed": 3, "num_inference_steps": 2},
+    {**SMALL, "num_images_per_prompt": 3, "batch_size": 3},
+    SMALL,
 ]
 
 
@@ -127,7 +128,7 @@ def test_a_device_of_any_size_draws_what_the_planner_says_that_it_can(
 
     seen: set[tuple[frozenset[str], bool, bool]] = set()
     weights = sum(each.weights.bytes for each in built[plans].manifest.components if each.weights)
-    for part in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.6):
+    for part in (0.0, 0.3, 0.6, 1.0, 1.6):
         device = StandIn(memory=int(needed + part * weights))
         runtime = place(built[plans], device)
         pipeline = Flux2Pipeline(built[plans], runtime=runtime)
