@@ -37,22 +37,39 @@ from engines.targets import TARGETS, Target
 from engines.tensorrt import load_compiler
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import Flux2Error
+from flux2_trt.manifest import SYNTHETIC
+from flux2_trt.models import published_spec
 from flux2_trt.outputs import write_file
-from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, Residency
+from flux2_trt.runtime.gpu import GpuRuntime, LoadPlan, MakeWeights, Residency
 from flux2_trt.runtime.torch_plan import TorchPlans
 from flux2_trt.runtime.weights import Weights
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 SIZES = (Case(1024, 1024), Case(512, 512), Case(1024, 1024, 1), Case(1024, 1024, 2), Case(2048, 2048))
-PARTS = ("rates", "uploads", "loops", "theirs", "pictures", "tests")
+BATCHES = (Case(512, 512), Case(512, 512, batch=4))
+OVERLAPPING_SIDES = (512, 1024)
+OF_A_LOOP: dict[str, Any] = {
+    "checkpoint": "random:0",
+    "components": ("conditioning", "transformer"),
+    "max_references": max(case.references for case in SIZES),
+    "max_batch": max(case.batch for case in BATCHES),
+}
+PARTS = ("rates", "uploads", "loops", "theirs", "pictures", "tests", "overlap")
 
 
 def main(
     parts: Annotated[str, typer.Option(help=f"Of {','.join(PARTS)}.")] = ",".join(PARTS),
     models: Annotated[
-        str, typer.Option(help="MODEL:PRECISION[:half|:streamed][:eager][:CASES], with commas between them.")
-    ] = ("dev:fp8,dev:fp8:half:1,dev:fp8:streamed:1,klein-4b:bf16:eager:1,klein-4b:fp8,dev:bf16:1"),
+        str,
+        typer.Option(
+            help="MODEL:PRECISION[:half|:streamed][:embedded][:eager][:batches][:CASES], with commas between them."
+        ),
+    ] = (
+        "dev:fp8,dev:fp8:half:1,dev:fp8:streamed:1,klein-4b:bf16:eager:1,klein-4b:fp8,dev:bf16:1,"
+        "klein-4b:fp8:embedded:1,dev:fp8:streamed:batches"
+    ),
+    overlapping: Annotated[str, typer.Option(help="MODEL:PRECISION, with commas between them.")] = "klein-4b:fp8",
     sizes: Annotated[int, typer.Option(help="How many of the sizes.")] = len(SIZES),
     seconds: Annotated[float, typer.Option(help="No part begins after so many seconds.")] = 540.0,
     store: Annotated[Path | None, typer.Option(help="Bundles from here, and to here.")] = None,
@@ -62,7 +79,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         check = Check(store or Path(folder), output, begun + seconds)
         for name in parts.split(","):
-            check.part(name, {"models": models.split(","), "sizes": SIZES[:sizes]})
+            asked = {"models": models.split(","), "sizes": SIZES[:sizes], "overlapping": overlapping.split(",")}
+            check.part(name, asked)
         print(f"{check.path}, {time.monotonic() - begun:.0f} s")
 
 
@@ -191,14 +209,14 @@ class Check:
                 self._leave_out(f"loops of {words}: {error}")
 
     def _loops_of(self, words: str, cases: Sequence[Case]) -> Iterator[Any]:
-        from flux2_trt.runtime.synthetic import synthetic_weights
-
         model, precision, *more = words.split(":")
-        bundle = prepared = self._synthetic(model, precision)
-        if self.compiler:
-            bundle = Bundle.open(build(BuildRequest(str(prepared.path), output=self.store), lambda _: None).bundle)
+        placement = "embedded" if "embedded" in more else "bound"
+        if placement == "embedded" and not self.compiler:
+            raise Flux2Error("weights are embedded in compiled plans, and no compiler for this GPU is here")
+        bundle, weights = self._loop_bundle(model, precision, placement)
         spec, part = bundle.manifest.model.transformer, {"streamed": 1, "half": 2}
-        cases = cases[: next((int(word) for word in more if word.isdecimal()), None)]
+        count = next((int(word) for word in more if word.isdecimal()), None)
+        cases = BATCHES if "batches" in more else cases[:count]
         divisor = next((part[word] for word in more if word in part), 0)
         blocks = (spec.num_double_blocks, spec.num_single_blocks)
         streamed = (blocks[0] // divisor, blocks[1] // divisor) if divisor else (0, 0)
@@ -208,23 +226,37 @@ class Check:
         for compiled, graphs in ways:
             runtime = GpuRuntime(
                 bundle, self.device, residency=Residency(streamed=streamed), graphs=graphs,
-                load_plan=self._loader(compiled), weights=partial(synthetic_weights, prepared),
+                load_plan=self._loader(compiled), weights=weights,
             )  # fmt: skip
             try:
                 for case in cases:
                     times = measure(runtime, self.device, case, self.target, graphs, self.free)
-                    yield {"model": model, "precision": precision, "streamed": streamed, "graphs": graphs,
-                           "compiled": compiled, **asdict(times), "fraction_of_floor": times.fraction_of_floor,
-                           "streamed_bytes": runtime.streamed_bytes}  # fmt: skip
+                    yield {"model": model, "precision": precision, "weights": placement, "streamed": streamed,
+                           "graphs": graphs, "compiled": compiled, **asdict(times),
+                           "fraction_of_floor": times.fraction_of_floor, "streamed_bytes": runtime.streamed_bytes,
+                           }  # fmt: skip
             finally:
                 runtime.close()
                 del runtime
                 gc.collect()
                 torch.cuda.empty_cache()
 
+    def _overlap(self, asked: dict[str, Any]) -> Iterator[Any]:
+        from benchmarks.gpu.overlap import measure as measure_overlap
+
+        for words in asked["overlapping"]:
+            model, precision = words.split(":")
+            bundle, weights = self._with_made_up_weights(model, precision, checkpoint="random:0")
+
+            def make(overlaps: bool, bundle: Bundle = bundle, weights: MakeWeights = weights) -> GpuRuntime:
+                load = self._loader(compiled=True)
+                return GpuRuntime(bundle, self.device, overlaps=overlaps, load_plan=load, weights=weights)
+
+            for pace in measure_overlap(make, OVERLAPPING_SIDES):
+                yield {"model": model, "precision": precision, **asdict(pace)}
+
     def _theirs(self, asked: dict[str, Any]) -> Iterator[Any]:
         from benchmarks.gpu.theirs import measure as measure_theirs
-        from flux2_trt.models import published_spec
 
         for model in dict.fromkeys(words.split(":")[0] for words in asked["models"]):
             for times in measure_theirs(published_spec(model), list(asked["sizes"][:3])):
@@ -235,20 +267,43 @@ class Check:
         return None if self.compiler else TorchPlans(compiled=compiled)
 
     def _synthetic(self, model: str, precision: str) -> Bundle:
-        parts = ("conditioning", "transformer")
-        request = {"plans": "blocks", "checkpoint": "random:0", "components": parts, "max_references": 2}
-        return self._bundle(model, self.target, precision, prepare=True, **request)
+        return self._bundle(model, self.target, precision, prepare=True, plans="blocks", **OF_A_LOOP)
+
+    def _loop_bundle(self, model: str, precision: str, placement: str) -> tuple[Bundle, MakeWeights | None]:
+        if placement == "embedded":
+            return self._bundle(model, self.target, precision, weights="embedded", **OF_A_LOOP), None
+        return self._with_made_up_weights(model, precision, plans="blocks", **OF_A_LOOP)
+
+    def _with_made_up_weights(self, model: str, precision: str, **request: Any) -> tuple[Bundle, MakeWeights]:
+        """Compiled where that can be done here; the graphs say what weights there are."""
+        from flux2_trt.runtime.synthetic import synthetic_weights
+
+        prepared = self._bundle(model, self.target, precision, prepare=True, **request)
+        bundle = prepared
+        if self.compiler:
+            bundle = Bundle.open(build(BuildRequest(str(prepared.path), output=self.store), lambda _: None).bundle)
+        return bundle, partial(synthetic_weights, prepared)
 
     def _bundle(self, model: str, target: str, precision: str, **request: Any) -> Bundle:
-        """Built, or one of the store that is named like it."""
-        plans, compiled = request.get("plans", "whole"), not request.get("prepare")
+        """Built, or one of the store that is like it, whatever packages made that."""
+        wanted = BuildRequest(model, target, precision=precision, output=self.store, **request)
         for path in sorted(self.store.glob(f"bundles/{model}-{precision}-{target}-*")):
-            bundle = Bundle.open(path)
-            in_parts = any("." in record.name for record in bundle.manifest.components)
-            if in_parts == (plans == "blocks") and bundle.manifest.is_compiled == compiled:
+            if _is_like(bundle := Bundle.open(path), wanted):
                 return bundle
-        made = build(BuildRequest(model, target, precision=precision, output=self.store, **request), lambda _: None)
-        return Bundle.open(made.bundle)
+        return Bundle.open(build(wanted, lambda _: None).bundle)
+
+
+def _is_like(bundle: Bundle, wanted: BuildRequest) -> bool:
+    manifest = bundle.manifest
+    components = {record.name.partition(".")[0]: record for record in manifest.components}
+    placements = {record.weight_placement for record in components.values()}
+    return (
+        set(components) == set(wanted.components or manifest.model.components)
+        and (len(components) < len(manifest.components)) == (wanted.plans == "blocks")
+        and manifest.is_compiled != wanted.prepare
+        and (SYNTHETIC in manifest.source) == (wanted.checkpoint is not None)
+        and placements <= {wanted.weights or "bound", "external"}
+    )
 
 
 def _compiler_of(target: Target) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from benchmarks.gpu.device import TimedDevice
 from engines.hardware import HARDWARE
 from engines.roofline import floor_of
 from export.recipes import RECIPES
-from flux2_trt.drawing import DEFAULT_TEXT_TOKENS, Drawing
+from flux2_trt.drawing import DEFAULT_TEXT_TOKENS, MEGAPIXEL, Drawing
 from flux2_trt.latents import position_ids
 from flux2_trt.runtime.denoiser import Trajectory, untimed
 from flux2_trt.runtime.gpu import GpuRuntime
@@ -27,7 +28,7 @@ FEW_STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` pictures of `width` x `height`, each with `references` of 1 MP."""
+    """`batch` pictures of `width` x `height`, each with `references` of 1 MP, or as the model takes them."""
 
     width: int
     height: int
@@ -40,7 +41,8 @@ class Case:
         return position_ids(_text_tokens(spec), self.height // unit, self.width // unit, self.grids(spec))
 
     def grids(self, spec: ModelSpec) -> list[tuple[int, int]]:
-        side = 1024 // spec.autoencoder.pixels_per_token
+        area = min(MEGAPIXEL, spec.sampling.max_reference_area or MEGAPIXEL)
+        side = math.isqrt(area) // spec.autoencoder.pixels_per_token
         return [(side, side)] * self.references
 
 
