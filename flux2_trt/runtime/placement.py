@@ -165,15 +165,15 @@ def divide(setting: Setting, drawing: Drawing, before: Division | None = None) -
 def runtime_on_this_machine(
     bundle: Bundle,
     backend: Backend = PLANS,
-    open_device: Callable[[int], Device] = CudaDevice,
+    open_device: Callable[[int], Device] | None = None,
     kernels: Path | None = None,
 ) -> PlacedRuntime:
     """On the first GPU that the bundle's plans are for.
 
-    `kernels`: the folder where those are kept that a compiler makes on this machine. Raises DeviceError where there is
-    no such GPU.
+    `open_device`: in place of CUDA's. `kernels`: the folder where those are kept that a compiler makes on this machine.
+    Raises DeviceError where there is no such GPU.
     """
-    device, index = _device_of(bundle, open_device)
+    device, index = _device_of(bundle, open_device or CudaDevice)
     load_plan: TorchPlans | None = None
     if backend != PLANS:
         from flux2_trt.runtime.torch_plan import TorchPlans

@@ -9,6 +9,8 @@ copy to it is. Graphs are recorded and replayed as CUDA does it, with its rules 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -64,12 +66,32 @@ class Access:
     what: str
 
 
+def one_at_a_time(cls: type) -> type:
+    """Calls of several threads come one after the other, as the driver takes them."""
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            with self.lock:
+                return function(self, *arguments, **named)
+
+        return call
+
+    for name, function in list(vars(cls).items()):
+        if inspect.isfunction(function) and not name.startswith("_"):
+            setattr(cls, name, guarded(function))
+    return cls
+
+
+@one_at_a_time
 @dataclass
 class StandIn:
-    """A `Device`. `memory`: bytes that it has. `fail`: the name of a call, and at which one of that name it fails."""
+    """A `Device`. `memory`: bytes that it has. `fail`: the name of a call, and at which one of that name it fails; or
+    is interrupted, as by Ctrl-C."""
 
     memory: int = 2**34
     fail: tuple[str, int] | None = None
+    interrupted: bool = False
     refuses_capture: bool = False
     name: str = "a stand-in"
     compute_capability: str = "8.9"
@@ -90,6 +112,7 @@ class StandIn:
         self._pending: list[tuple[int, int, Range, bytes]] = []  # copies out of pinned memory
         self._arriving: list[tuple[int, int, int, bytes]] = []  # copies into it
         self._calls: dict[str, int] = {}
+        self.lock = threading.RLock()
         self.use_in_this_thread()
 
     # what the tests look at
@@ -286,6 +309,8 @@ class StandIn:
         if getattr(IN_USE, "device", None) is not self:
             raise RuleBroken(f"{name} would go to another GPU, which this thread uses")
         if self.fail == (name, self._calls[name]):
+            if self.interrupted:
+                raise KeyboardInterrupt
             raise DeviceMemoryError(f"{name} failed", 1, 0) if name == "allocate" else DeviceError(f"{name} failed")
 
     def _handle(self) -> int:
