@@ -113,9 +113,9 @@ class GpuRuntime:
         return self._streamed.bytes if self._streamed else 0
 
     @property
-    def scratch_bytes(self) -> int:
-        """On the device."""
-        return sum(lane.scratch_bytes for lane in {self._lane, self._beside})
+    def bytes_of_sizes(self) -> int:
+        """On the device, that `forget_sizes` frees."""
+        return self.device.held_bytes - self._store.loaded_bytes
 
     def scratch_of(self, component: Component, sizes: Sizes) -> int:
         """Bytes that the plans of a component want at `sizes`; nothing is allocated for it.

@@ -74,10 +74,6 @@ class Lane:
             freed, self._scratch = self._scratch[0], None
             self.device.free(freed)
 
-    @property
-    def scratch_bytes(self) -> int:
-        return self._scratch[1] if self._scratch else 0
-
     def synchronize(self) -> None:
         self.device.synchronize(self.stream)
 

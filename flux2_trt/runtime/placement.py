@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,11 @@ class Division:
     @property
     def overlaps(self) -> bool:
         return self.beside_bytes > 0
+
+    @property
+    def components(self) -> Collection[Component]:
+        """That the pictures need."""
+        return self.forecast.residency.placements.keys()
 
     @property
     def needed_bytes(self) -> int:
@@ -93,9 +98,12 @@ class PlacedRuntime:
         if before is None or (division.residency, division.overlaps) != (before.residency, before.overlaps):
             self._division = None
             runtime.place(division.residency, division.overlaps)
-        elif drawing != before.forecast.drawing:
-            if division.left_bytes < division.forecast.buffer_bytes + runtime.scratch_bytes:
-                runtime.forget_sizes()
+        unused = runtime.weights_of(set(runtime.bundle.manifest.model.components) - set(division.components))
+        kept = sum(weights.layout.bytes for weights in unused if weights.loaded)
+        if division.left_bytes - division.beside_bytes < runtime.bytes_of_sizes + kept:
+            runtime.forget_sizes()
+            for weights in unused:
+                weights.unload()
         self._division, self._asked = division, (drawing, encodes)
 
     def engine(self, component: Component) -> Engine:

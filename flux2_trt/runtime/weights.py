@@ -113,6 +113,10 @@ class WeightStore:
         key = (digest, *(() if names is None else sorted(names)))
         return self._weights.setdefault(key, Weights(self.device, source, names))
 
+    @property
+    def loaded_bytes(self) -> int:
+        return sum(weights.layout.bytes for weights in self._weights.values() if weights.loaded)
+
     def unload(self, but: Collection[Weights] = ()) -> None:
         """Frees what nobody uses, and keeps `but`."""
         for weights in self._weights.values():

@@ -10,13 +10,29 @@ from runtime.standin_plan import StandInPlan
 import engines.components
 import engines.targets
 from engines.build import BuildRequest, build
+from engines.hardware import HARDWARE, Rates
 from engines.targets import Target
 from export.graph import Graph
 from flux2_trt.bundle import Bundle
 from flux2_trt.manifest import ComponentRecord
+from flux2_trt.runtime import placement
 
 TARGET = Target("stand-in", "tensorrt", ("fp32",), compute_capability="8.9", dtype="fp32")
 """What TensorRT would compile here: graphs with their weights as inputs, in fp32, which ONNX Runtime can compute."""
+
+
+RESERVED = 2**20
+"""Bytes for what alignment takes, of some hundred tensors."""
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in's target, with the rates of a card."""
+    monkeypatch.setitem(engines.targets.TARGETS, "stand-in", TARGET)
+    monkeypatch.setitem(HARDWARE, "stand-in", HARDWARE["rtx4090"])
+    rate = Rates.of
+    monkeypatch.setattr(Rates, "of", lambda self, kind: rate(self, "bf16" if kind == "fp32" else kind))
+    monkeypatch.setattr(placement, "RESERVED_BYTES", RESERVED)
 
 
 def load_on(device: StandIn):

@@ -12,39 +12,25 @@ import onnx
 import pytest
 import torch
 from diffusers_models import relative_error
-from runtime.conftest import TARGET, load_on
+from runtime.conftest import RESERVED, load_on
 from runtime.standin import StandIn
 
 from engines.calibration import SYNTHETIC_INPUT_SCALE
-from engines.hardware import HARDWARE, Rates
-from engines.targets import TARGETS
 from export.graph import Graph, ScaleSlot, WeightSlot
 from export.quantize import FP8_DTYPE, FP8_MAX
 from flux2_trt.bundle import Bundle
 from flux2_trt.errors import BundleError, DeviceError, DeviceMemoryError, UsageError
 from flux2_trt.pipeline import Flux2Pipeline
-from flux2_trt.runtime import placement
 from flux2_trt.runtime.cuda import CudaDevice
 from flux2_trt.runtime.gpu import GpuRuntime, Residency
 from flux2_trt.runtime.placement import PlacedRuntime, runtime_on_this_machine
 from flux2_trt.runtime.synthetic import WIDEST, SyntheticWeights, synthetic_weights
 
 FP32 = 1e-4  # the same kernels on one graph and on its parts
-RESERVED = 2**20
-"""Bytes for what alignment takes, of some hundred tensors."""
+pytestmark = pytest.mark.usefixtures("known")
 
 
 PROMPT = "a large red circle on a blue background"
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in's target, with the rates of a card."""
-    monkeypatch.setitem(TARGETS, "stand-in", TARGET)
-    monkeypatch.setitem(HARDWARE, "stand-in", HARDWARE["rtx4090"])
-    rate = Rates.of
-    monkeypatch.setattr(Rates, "of", lambda self, kind: rate(self, "bf16" if kind == "fp32" else kind))
-    monkeypatch.setattr(placement, "RESERVED_BYTES", RESERVED)
 
 
 @pytest.fixture
@@ -127,7 +113,7 @@ def test_a_device_of_any_size_draws_what_the_planner_says_that_it_can(
     pipeline.close()
 
     seen: set[tuple[frozenset[str], bool, bool]] = set()
-    weights = sum(each.weights.bytes for each in built[plans].manifest.components if each.weights)
+    weights = sum({each.weights.bytes for each in built[plans].manifest.components if each.weights})
     for part in (0.0, 0.3, 0.6, 1.0, 1.6):
         device = StandIn(memory=int(needed + part * weights))
         runtime = place(built[plans], device)

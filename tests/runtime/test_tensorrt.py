@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers_models import relative_error
+from PIL import Image
+from runtime.conftest import RESERVED
 from runtime.standin import StandIn
 from runtime.standin_tensorrt import StandInTensorRT
+from typer.testing import CliRunner
 
 from flux2_trt.bundle import Bundle
+from flux2_trt.cli import app
 from flux2_trt.errors import BundleError, DeviceError
+from flux2_trt.manifest import MANIFEST_FILE
 from flux2_trt.pipeline import Flux2Pipeline
-from flux2_trt.runtime import tensorrt
+from flux2_trt.runtime import placement, tensorrt
 from flux2_trt.runtime.gpu import GpuRuntime, Residency
 
 PROMPT = "a large red circle on a blue background"
@@ -166,3 +173,46 @@ def test_a_pipeline_that_nobody_holds_frees_its_device(
     del pipeline
     assert bindings.device.live == {}
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_command_line_draws_by_plans(
+    built: dict[str, Bundle], known: None, install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a bundle on disk to files, on a GPU where not all weights find room; kernels are in the store afterwards."""
+    bindings = install(built["blocks"])
+    folder = tmp_path / "bundle"
+    shutil.copytree(built["blocks"].path, folder, copy_function=os.link)
+    (folder / MANIFEST_FILE).unlink()
+    (folder / MANIFEST_FILE).write_text(bindings.bundle.manifest.to_json())
+    weights = {each.weights for each in bindings.bundle.manifest.components if each.weights}
+    bindings.device.memory = sum(file.bytes for file in weights)  # no room for anything else
+
+    def open_device(index: int) -> StandIn:
+        if index:
+            raise DeviceError(f"there is no GPU {index}")
+        return bindings.device
+
+    monkeypatch.setattr(placement, "CudaDevice", open_device)
+    monkeypatch.setenv("FLUX2_TRT_HOME", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    asked = ["--steps", "2", "--width", "128", "--height", "128", "--num-images", "3", "--batch", "2", "--seed", "3"]
+    done = CliRunner().invoke(app, ["run", PROMPT, "--bundle", str(folder), *asked, "-o", f"{tmp_path}/a.png"])
+    assert done.exit_code == 0, done.output
+    paths = done.stdout.splitlines()
+    assert paths == [f"{tmp_path}/a-000{number}.png" for number in (1, 2, 3)]
+    expected = Flux2Pipeline(built["cpu"])(
+        PROMPT, seed=3, num_inference_steps=2, width=128, height=128, num_images_per_prompt=3
+    ).images
+    for path, image in zip(paths, expected, strict=True):
+        assert np.abs(np.asarray(Image.open(path), int) - np.asarray(image, int)).max() <= 1
+    gc.collect()
+    assert bindings.device.live == {}
+    assert len(list((tmp_path / "store" / "kernels").iterdir())) == 7  # four parts, conditioning, prompts, pictures
+
+    too_large = CliRunner().invoke(app, ["run", PROMPT, "--bundle", str(folder), "--batch", "8", "--num-images", "8"])
+    assert too_large.exit_code == 2 and "was not built for batch 8 (1 to 6)" in too_large.stderr
+    bindings.device.memory = RESERVED
+    too_small = CliRunner().invoke(app, ["run", PROMPT, "--bundle", str(folder)])
+    assert too_small.exit_code == 1 and "needs at least" in too_small.stderr and "are free" in too_small.stderr
+    gc.collect()
+    assert bindings.device.live == {}
