@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from engines.setting import Setting
     from flux2_trt.runtime.torch_plan import TorchPlans
 
+DRAWINGS_KEPT = 256
+"""Whose scratch is remembered."""
 RESERVED_BYTES = 2**28
 """Of free memory, for what no plan asks for: kernels, graphs, and what allocators round up. An assumption."""
 
@@ -59,7 +61,10 @@ class Division:
 
 
 class PlacedRuntime:
-    """The `Runtime` of a bundle on a GPU, whose memory is divided anew where other pictures need it."""
+    """The `Runtime` of a bundle on a GPU, whose memory is divided anew where other pictures need it.
+
+    Until pictures are asked for, what is used is loaded whole: a text encoder alone, where prompts are to be encoded.
+    """
 
     computes_on_host = False
 
@@ -68,7 +73,7 @@ class PlacedRuntime:
         self._runtime, self._measures, self._held_by_plans = runtime, measures, held_by_plans
         self._division: Division | None = None
         self._asked: tuple[Drawing, bool] | None = None
-        self._scratch: dict[tuple[Component, Drawing], int] = {}
+        self._scratch_of = lru_cache(DRAWINGS_KEPT)(self._measured)
 
     @property
     def device(self) -> Device:
@@ -76,7 +81,7 @@ class PlacedRuntime:
 
     @property
     def overlaps(self) -> bool:
-        return self._placed().overlaps
+        return self._runtime.overlaps
 
     @property
     def streamed_bytes(self) -> int:
@@ -107,35 +112,25 @@ class PlacedRuntime:
         self._division, self._asked = division, (drawing, encodes)
 
     def engine(self, component: Component) -> Engine:
-        return self._placed().engine(component)
+        return self._runtime.engine(component)
 
     def denoiser(self) -> Denoiser:
-        return self._placed().denoiser()
+        return self._runtime.denoiser()
 
     def close(self) -> None:
         self._runtime.close()
-
-    def _placed(self) -> GpuRuntime:
-        """For pictures of the default size where nobody asked for others."""
-        if self._division is None:
-            self.arrange(Drawing.of(self._runtime.bundle.manifest.model))
-        return self._runtime
 
     def _setting(self, drawing: Drawing, encodes: bool, free_bytes: int) -> Setting:
         from engines.setting import resolve_setting
 
         bundle, place = self._runtime.bundle, "local" if encodes else "remote"
         setting = replace(resolve_setting(str(bundle.path), text_encoder=place), memory_bytes=max(free_bytes, 0))
-        measured = (
-            {name: self._measured(name, drawing) for name in setting.components(drawing)} if self._measures else {}
-        )
+        asked = setting.components(drawing) if self._measures else ()
+        measured = {name: self._scratch_of(name, drawing) for name in asked}
         return replace(setting, context_bytes=0, measured=measured)
 
     def _measured(self, component: Component, drawing: Drawing) -> int:
-        if (component, drawing) not in self._scratch:
-            sizes = sizes_of(component, drawing)
-            self._scratch[component, drawing] = self._runtime.scratch_of(component, sizes)
-        return self._scratch[component, drawing]
+        return self._runtime.scratch_of(component, sizes_of(component, drawing))
 
 
 def sizes_of(component: Component, drawing: Drawing) -> Sizes:

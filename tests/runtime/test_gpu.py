@@ -147,6 +147,41 @@ def test_a_loop_is_launches_and_nothing_else(built: dict[str, Bundle]) -> None:
     pipeline.close()
 
 
+@pytest.mark.parametrize("streamed", [(1, 3), (2, 5)])
+def test_blocks_come_through_the_bus_while_others_are_computed(
+    built: dict[str, Bundle], streamed: tuple[int, int]
+) -> None:
+    """By the order of a captured step: a copy waits for the block that used its slot, and for none after that, and who
+    waits for the copy comes later; the first blocks of the next step are copied before this one ends."""
+    device = StandIn()
+    pipeline = pipeline_on(device, built["blocks"], residency=Residency(streamed=streamed))
+    pipeline(PROMPT, seed=3, width=128, height=128, num_inference_steps=2)
+    recorded = max(device._graphs.values(), key=len)
+    pipeline.close()
+    compute, blocks, copies = recorded[0].stream, 0, []
+    behind: dict[int, int] = {}  # events of the compute stream: blocks before them
+    brought: dict[int, int] = {}  # events of the copy stream: copies before them
+    waits, needed, computed = 0, 0, []
+    for step in recorded:
+        if step.kind == "record":
+            behind[step.event], brought[step.event] = (blocks, 0) if step.stream == compute else (0, len(copies))
+        elif step.kind == "wait" and step.stream != compute:
+            waits = max(waits, behind[step.event])
+        elif step.kind == "wait":
+            needed = max(needed, brought[step.event])
+        elif step.stream != compute:
+            copies.append(waits)
+        elif step.work and step.work.what.endswith("_block"):
+            blocks += 1
+            computed.append(needed)
+    assert blocks == 7 and len(copies) == sum(streamed)
+    slots = 2
+    for number, after in enumerate(copies[:-slots]):
+        user = next(place for place, there in enumerate(computed, 1) if there > number)
+        assert after < user - 1, "nothing is computed while it is copied"
+    assert copies[-1] <= blocks and needed == len(copies)
+
+
 def test_latents_that_are_not_finite_are_told_with_their_step(built: dict[str, Bundle]) -> None:
     pipeline = pipeline_on(StandIn(), built["whole"])
 

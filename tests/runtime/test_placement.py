@@ -141,6 +141,18 @@ def test_a_device_of_any_size_draws_what_the_planner_says_that_it_can(
     assert tight.live == {}
 
 
+def test_a_text_encoder_needs_no_room_for_the_rest(built: dict[str, Bundle], place: Any) -> None:
+    """A bundle with only that is enough to encode prompts, on a card that is too small for pictures."""
+    device = StandIn(memory=2**23)
+    pipeline = Flux2Pipeline(built["whole"], runtime=place(built["whole"], device))
+    embeds, _ = pipeline.encode_prompt([PROMPT])
+    assert relative_error(embeds, Flux2Pipeline(built["cpu"]).encode_prompt([PROMPT])[0]) < FP32
+    with pytest.raises(DeviceMemoryError):
+        pipeline(**SMALL)
+    pipeline.close()
+    assert device.live == {}
+
+
 def test_weights_are_loaded_again_only_where_other_pictures_need_their_room(
     built: dict[str, Bundle], place: Any, theirs: list[tuple[dict[str, Any], np.ndarray]]
 ) -> None:

@@ -151,6 +151,7 @@ def test_pictures_are_those_of_the_cpu(
         {"prompt": PROMPT, "seed": 3},
         {"prompt": "make the circle green", "image": drawn, "seed": 4},
         {"prompt": [PROMPT, "a green star"], "seed": 5, "width": 128, "height": 144},
+        {"prompt": PROMPT, "seed": 3, "num_images_per_prompt": 3, "batch_size": 3},
         {"prompt": PROMPT, "seed": 3},
     ]
     for call in calls:
