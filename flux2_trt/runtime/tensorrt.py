@@ -62,7 +62,8 @@ class TensorRTPlan:
     def close(self) -> None:
         """Saves what TensorRT-RTX compiled here; executions are closed before."""
         if self._configured and self._kernels:
-            made = bytes(self._configured[1].serialize())
+            _, cache = self._configured
+            made = bytes(cache.serialize())
             if made != self._kept:
                 self._kernels.write(made)
         self._configured = self._engine = self._runtime = None
