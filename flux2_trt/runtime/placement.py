@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DRAWINGS_KEPT = 256
 """Whose scratch is remembered."""
-RESERVED_BYTES = 2**28
+RESERVED_BYTES = 2**29
 """Of free memory, for what no plan asks for: kernels, graphs, and what allocators round up. An assumption."""
 
 
