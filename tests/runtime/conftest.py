@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from runtime.standin import StandIn
 from runtime.standin_plan import StandInPlan
 
@@ -44,10 +46,14 @@ def load_on(device: StandIn):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bundle]]:
-    """`tiny` for the CPU, and for the stand-in in one plan and in blocks, also with a seed in the place of weights."""
+    """`tiny` for the CPU, and for the stand-in in one plan and in blocks, also with a seed in the place of weights.
+
+    They are built by the first process of a run that asks.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines.targets, "TARGETS", {**engines.targets.TARGETS, "stand-in": TARGET})
-        folder: Path = tmp_path_factory.mktemp("bundles")
+        base = tmp_path_factory.getbasetemp()
+        folder: Path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
         requests = {
             "cpu": BuildRequest("tiny", "cpu", output=folder / "cpu"),
             "whole": BuildRequest("tiny", "stand-in", max_batch=3, output=folder / "whole"),
@@ -57,4 +63,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bundle
                 "tiny", "stand-in", plans="blocks", checkpoint="random:5", output=folder / "synthetic"
             ),
         }
-        yield {name: Bundle.open(build(each, lambda _: None).bundle) for name, each in requests.items()}
+        with FileLock(folder.with_suffix(".lock")):
+            made = {name: Bundle.open(build(each, lambda _: None).bundle) for name, each in requests.items()}
+        yield made

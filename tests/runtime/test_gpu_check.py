@@ -13,6 +13,7 @@ from runtime.standin import StandIn
 from benchmarks import gpu_check
 from benchmarks.gpu.loops import Case
 from engines.targets import TARGETS
+from flux2_trt.bundle import Bundle
 from flux2_trt.runtime.device import Graph, Stream
 
 
@@ -36,12 +37,13 @@ class TimedStandIn(StandIn):
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> gpu_check.Check:
+def check(built: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> gpu_check.Check:
     monkeypatch.setattr(gpu_check, "TimedDevice", TimedStandIn)
     monkeypatch.setattr(gpu_check, "BATCHES", (Case(128, 128), Case(128, 128, batch=2)))
     monkeypatch.setattr(gpu_check, "OVERLAPPING_SIDES", (128,))
     monkeypatch.setitem(TARGETS, "stand-in", TARGET)
-    made = gpu_check.Check(tmp_path, tmp_path / "result.json", time.monotonic() + 600)
+    store = built["synthetic"].path.parents[1]
+    made = gpu_check.Check(store, tmp_path / "result.json", time.monotonic() + 600)
     made.target, made.compiler = "stand-in", None
     made._loader = lambda compiled: load_on(made.device)
     return made
