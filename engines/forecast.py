@@ -121,13 +121,14 @@ def forecast_of(setting: Setting, drawing: Drawing, residency: Residency) -> For
     )
 
 
-def kept(setting: Setting, drawing: Drawing, before: Residency) -> Forecast | None:
-    """The forecast with weights as they were for other pictures, where these fit so too and take no longer than they
-    would otherwise, but for `WORTH_MOVING`; else None."""
+def kept(best: Forecast, before: Residency) -> Forecast | None:
+    """The forecast with weights as they were for other pictures, where these fit so too and take no longer than in the
+    best one, but for `WORTH_MOVING`; else None."""
+    setting, drawing = best.setting, best.drawing
     residency = residency_of(setting.all_weights(drawing), setting.blocks, before.moved, before.streamed)
     made = forecast_of(setting, drawing, residency)
     fits = made.device_bytes <= setting.memory_bytes
-    return made if fits and made.batch_seconds <= WORTH_MOVING * forecast(setting, drawing).batch_seconds else None
+    return made if fits and made.batch_seconds <= WORTH_MOVING * best.batch_seconds else None
 
 
 def least_memory(setting: Setting, drawing: Drawing) -> int:

@@ -316,12 +316,6 @@ class Flux2Pipeline:
                 self._at_the_end.detach()
             runtime.close()
 
-    def __enter__(self) -> Flux2Pipeline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _made_runtime(self) -> Runtime:
         manifest = self.bundle.manifest
         if manifest.target == CPU or (self.backend != PLANS and (manifest.is_compiled or not torch_uses_a_gpu())):

@@ -159,7 +159,7 @@ def divide(setting: Setting, drawing: Drawing, before: Division | None = None) -
 
     made = preflight(setting, drawing)
     if before:
-        made = kept(setting, drawing, before.forecast.residency) or made
+        made = kept(made, before.forecast.residency) or made
     left = setting.memory_bytes - made.device_bytes
     beside = max(setting.scratch(name, drawing) for name in BESIDE if name in made.residency.placements)
     return Division(made, left, 0 if made.residency.moved or left < beside else beside)

@@ -319,9 +319,9 @@ def test_weights_stay_as_they_were_while_that_is_as_good() -> None:
     large, small = forecast(asked, square(asked, 1440)), square(asked, 1024)
     alone = forecast(asked, small)
     assert large.residency.streamed != alone.residency.streamed
-    found = kept(asked, small, large.residency)  # hidden behind compute either way
+    found = kept(alone, large.residency)  # hidden behind compute either way
     assert found is not None and found.residency.streamed == large.residency.streamed
-    assert kept(asked, large.drawing, alone.residency) is None  # does not fit
-    tiny = square(asked, 512)
-    assert kept(asked, tiny, large.residency) is None  # streams more than it has to, and waits for that
-    assert kept(asked, tiny, forecast(asked, tiny).residency) == forecast(asked, tiny)
+    assert kept(large, alone.residency) is None  # does not fit
+    tiny = forecast(asked, square(asked, 512))
+    assert kept(tiny, large.residency) is None  # streams more than it has to, and waits for that
+    assert kept(tiny, tiny.residency) == tiny
